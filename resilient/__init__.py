@@ -1,0 +1,122 @@
+"""resilient: guard any Python function against a world that fails.
+
+    payments = Pipeline(
+        Retry(on=ConnectionError, attempts=4),
+        CircuitBreaker("payments"),
+        Bulkhead(16),
+        Timeout(2.0),
+    )
+
+    @payments
+    async def charge(order_id: str, amount: Decimal) -> Receipt: ...
+
+Importing this package imports next to nothing: each name brings its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from resilient import testing as testing
+    from resilient.breaker import BreakerOpen as BreakerOpen
+    from resilient.breaker import CircuitBreaker as CircuitBreaker
+    from resilient.breaker import Consecutive as Consecutive
+    from resilient.breaker import FailureRate as FailureRate
+    from resilient.breaker import SlowRate as SlowRate
+    from resilient.bulkhead import Bulkhead as Bulkhead
+    from resilient.clock import Clock as Clock
+    from resilient.errors import BudgetSpent as BudgetSpent
+    from resilient.errors import BulkheadFull as BulkheadFull
+    from resilient.errors import CallTimeout as CallTimeout
+    from resilient.errors import DeadlineExceeded as DeadlineExceeded
+    from resilient.errors import OrderWarning as OrderWarning
+    from resilient.errors import RateLimited as RateLimited
+    from resilient.errors import Rejected as Rejected
+    from resilient.errors import ResilientError as ResilientError
+    from resilient.events import BreakerChanged as BreakerChanged
+    from resilient.events import CallEnded as CallEnded
+    from resilient.events import Event as Event
+    from resilient.events import FellBack as FellBack
+    from resilient.events import GaveUp as GaveUp
+    from resilient.events import Hedged as Hedged
+    from resilient.events import Refused as Refused
+    from resilient.events import Retrying as Retrying
+    from resilient.events import Sink as Sink
+    from resilient.events import TimedOut as TimedOut
+    from resilient.fallback import Fallback as Fallback
+    from resilient.hedge import Hedge as Hedge
+    from resilient.hedge import Quantile as Quantile
+    from resilient.patching import Patch as Patch
+    from resilient.patching import patch as patch
+    from resilient.pipeline import Pipeline as Pipeline
+    from resilient.pipeline import inspect as inspect
+    from resilient.policy import SYSTEM as SYSTEM
+    from resilient.policy import Env as Env
+    from resilient.policy import Policy as Policy
+    from resilient.ratelimit import RateLimiter as RateLimiter
+    from resilient.retry import Retry as Retry
+    from resilient.timeout import Timeout as Timeout
+    from resilient.timeout import deadline as deadline
+    from resilient.timeout import remaining as remaining
+
+_HOMES = {
+    "breaker": ("BreakerOpen", "CircuitBreaker", "Consecutive", "FailureRate", "SlowRate"),
+    "bulkhead": ("Bulkhead",),
+    "clock": ("Clock",),
+    "errors": (
+        "BudgetSpent",
+        "BulkheadFull",
+        "CallTimeout",
+        "DeadlineExceeded",
+        "OrderWarning",
+        "RateLimited",
+        "Rejected",
+        "ResilientError",
+    ),
+    "events": (
+        "BreakerChanged",
+        "CallEnded",
+        "Event",
+        "FellBack",
+        "GaveUp",
+        "Hedged",
+        "Refused",
+        "Retrying",
+        "Sink",
+        "TimedOut",
+    ),
+    "fallback": ("Fallback",),
+    "hedge": ("Hedge", "Quantile"),
+    "patching": ("Patch", "patch"),
+    "pipeline": ("Pipeline", "inspect"),
+    "policy": ("SYSTEM", "Env", "Policy"),
+    "ratelimit": ("RateLimiter",),
+    "retry": ("Retry",),
+    "timeout": ("Timeout", "deadline", "remaining"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "__version__",
+    "testing",
+]
+__all__ += _HOME
+__all__.sort()
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name == "testing":
+        return importlib.import_module("resilient.testing")
+    if name not in _HOME:
+        raise AttributeError(f"module 'resilient' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"resilient.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

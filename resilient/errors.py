@@ -1,0 +1,100 @@
+"""Every error that resilient raises of its own accord, and nothing else.
+
+    ResilientError
+    ├─ Rejected                     the call did not run; safe to try elsewhere
+    │  ├─ BreakerOpen               (also pybreaker.CircuitBreakerError; defined in breaker.py)
+    │  ├─ BudgetSpent
+    │  ├─ BulkheadFull
+    │  ├─ DeadlineExceeded          no time was left to start it
+    │  └─ RateLimited
+    └─ CallTimeout                  also TimeoutError; the call may have run
+
+    UserWarning
+    └─ OrderWarning                 the policies are stacked in an order that contradicts itself
+
+Your own exceptions are never wrapped: what the function raised is what the caller sees.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetSpent",
+    "BulkheadFull",
+    "CallTimeout",
+    "DeadlineExceeded",
+    "OrderWarning",
+    "RateLimited",
+    "Rejected",
+    "ResilientError",
+]
+
+
+class ResilientError(Exception):
+    """The root of the errors that resilient raises itself."""
+
+
+class Rejected(ResilientError):
+    """A policy refused the call: the function did not run, and trying elsewhere is safe.
+
+    `policy` is the name of the policy that refused. `retry_after` is the number of seconds after which a new
+    call has a chance, or None where nobody can know.
+    """
+
+    reason = "refused the call"
+
+    def __init__(self, policy: str, retry_after: float | None = None) -> None:
+        self.policy = policy
+        self.retry_after = retry_after
+
+    # The text is made when somebody reads it: a rejection is a hot path of its own.
+    def __str__(self) -> str:
+        text = f"{self.policy}: {self.reason}"
+        return text if self.retry_after is None else f"{text}; retry after {self.retry_after:.3g} s"
+
+    def __reduce__(self) -> tuple[type[Rejected], tuple[str, float | None]]:
+        return type(self), (self.policy, self.retry_after)
+
+
+class BulkheadFull(Rejected):
+    """Every slot is taken, and the queue is full or the wait was too long."""
+
+    reason = "every slot is taken"
+
+
+class RateLimited(Rejected):
+    """The rate is used up, and the permitted wait is too short for the next permit."""
+
+    reason = "the rate is used up"
+
+
+class BudgetSpent(Rejected):
+    """A budget shared by several calls (of retries, of hedges) has nothing left."""
+
+    reason = "the budget is spent"
+
+
+class DeadlineExceeded(Rejected):
+    """No time was left to start the call: the ambient deadline has passed, or would before it could begin."""
+
+    reason = "no time is left to start the call"
+
+
+class CallTimeout(ResilientError, TimeoutError):
+    """The call took longer than its time limit. It may have run, in part or whole.
+
+    `policy` is the name of the policy that cut it off; `seconds` is the limit that it had.
+    """
+
+    def __init__(self, policy: str, seconds: float) -> None:
+        self.policy = policy
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"{self.policy}: no answer within {self.seconds:.3g} s"
+
+    def __reduce__(self) -> tuple[type[CallTimeout], tuple[str, float]]:
+        return type(self), (self.policy, self.seconds)
+
+
+class OrderWarning(UserWarning):
+    """The policies around a function contradict each other; the text says which and why."""

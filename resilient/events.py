@@ -1,0 +1,101 @@
+"""What policies report: frozen records of decisions, one class a decision.
+
+An event is built only when an `Env` has a sink, and only off the success path (`CallEnded` alone is on it, and is
+compiled in only for sinks that ask for calls). Instants are monotonic seconds, durations are seconds.
+Everything here is immutable and may be shared between threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = [
+    "BreakerChanged",
+    "CallEnded",
+    "Event",
+    "FellBack",
+    "GaveUp",
+    "Hedged",
+    "Refused",
+    "Retrying",
+    "Sink",
+    "TimedOut",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A decision of the policy named `policy`."""
+
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retrying(Event):
+    """Attempt number `attempt` failed with `error` (None: its result was not accepted); the next begins in `delay` s."""
+
+    attempt: int
+    delay: float
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp(Event):
+    """`attempt` attempts in `elapsed` seconds were not enough; `error` goes to the caller (None: the last result does)."""
+
+    attempt: int
+    elapsed: float
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerChanged(Event):
+    """The breaker went from state `old` to state `new` (pybreaker's names); `reason` says why."""
+
+    old: str
+    new: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Event):
+    """A call was refused with `error`. With `shadow` it went through all the same."""
+
+    error: BaseException
+    shadow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut(Event):
+    """A call was cut off after `seconds`."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hedged(Event):
+    """No answer yet: attempt number `attempt` was started beside the others, `after` seconds after the first."""
+
+    attempt: int
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class FellBack(Event):
+    """The call failed with `error`, and the fallback answers in its place."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded(Event):
+    """A guarded call ended after `seconds`, with `error` or (None) with a result. Only for sinks with `wants_calls`."""
+
+    seconds: float
+    error: BaseException | None
+
+
+Sink = Callable[[Event], None]
+"""What takes events: any callable. It is called outside every lock and must be quick. With a true attribute
+`wants_calls` it also gets a `CallEnded` for each call of functions decorated after it was subscribed."""
