@@ -52,8 +52,9 @@ def guarded(fn: object) -> Guarded | None:
 def decorate(policies: Sequence[Any], fn: F, env: Env | None = None, *, stacklevel: int = 3) -> F:
     """Guard `fn` with `policies`, outermost first. What guards it already becomes the inside of one chain."""
     if isinstance(fn, (classmethod, staticmethod)):
-        inner = decorate(policies, fn.__func__, env, stacklevel=stacklevel + 1)
-        return cast(F, type(fn)(inner))
+        again: Any = classmethod if isinstance(fn, classmethod) else staticmethod
+        method = cast(Any, fn).__func__
+        return cast(F, again(decorate(policies, method, env, stacklevel=stacklevel + 1)))
     if not callable(fn) or isinstance(fn, type):
         raise TypeError(
             f"cannot guard {fn!r}: decorate functions, methods or callable objects (of a class: its methods)"
@@ -64,7 +65,9 @@ def decorate(policies: Sequence[Any], fn: F, env: Env | None = None, *, stacklev
     if marker is not None:
         inside, target, env = marker.policies, marker.target, env or marker.env
     if env is None:
-        from resilient.policy import SYSTEM as env  # noqa: N811
+        from resilient.policy import SYSTEM
+
+        env = SYSTEM
     for reason in contradictions(policies, inside):
         warnings.warn(f"{_name(target)}: {reason}", OrderWarning, stacklevel=stacklevel)
     made = Guarded((*policies, *inside), target, env)
@@ -110,7 +113,7 @@ def _kind_by_annotation(target: FunctionType) -> Kind:
 def _kind_by_inspection(target: Any) -> Kind:
     import inspect
 
-    for face in (target, getattr(type(target), "__call__", None)):
+    for face in (target, cast(Any, type(target)).__dict__.get("__call__")):
         if inspect.iscoroutinefunction(face) or getattr(face, "_is_coroutine", None) is not None:
             return "coro"
         if inspect.isasyncgenfunction(face):
@@ -172,8 +175,8 @@ def _checked(made: Guarded) -> Call:
         if type(value) is CoroutineType:
             value.close()
             raise TypeError(
-                f"{_name(target)} is a plain function that returns a coroutine, so its policies cannot see how it ends: "
-                "make it `async def`, or annotate its return type as Awaitable"
+                f"{_name(target)} is a plain function that returns a coroutine, so its policies cannot see how it "
+                "ends: make it `async def`, or annotate its return type as Awaitable"
             )
         for cell in cells:
             cell.cell_contents = target
@@ -186,10 +189,11 @@ def _checked(made: Guarded) -> Call:
 
 
 class _Turned(BaseException):
-    """A callable that looked plain returned a coroutine or a generator. Policies forget it, as they do all of its kind."""
+    """A callable that looked plain returned a coroutine or a generator. Policies forget it, like all of its kind."""
 
     def __init__(self, kind: Kind, value: Any) -> None:
-        self.kind, self.value = kind, value
+        self.kind: Kind = kind
+        self.value = value
 
 
 def _adaptive(made: Guarded) -> Call:
@@ -199,10 +203,10 @@ def _adaptive(made: Guarded) -> Call:
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         value = target(*args, **kwargs)
-        kind = _KIND_OF_RESULT.get(type(value))
-        if kind is None:
-            return value
-        raise _Turned(kind, value)
+        kind = _KIND_OF_RESULT.get(cast(Any, type(value)))
+        if kind is not None:
+            raise _Turned(kind, value)
+        return value
 
     plain = _compile(made, "sync", watched)[-1]
 
@@ -213,9 +217,9 @@ def _adaptive(made: Guarded) -> Call:
         try:
             return plain(*args, **kwargs)
         except _Turned as turned:
-            kind, value = turned.kind, turned.value
+            kind = turned.kind
+            made_already = [turned.value]
         settled = _compile(made, kind, target)[-1]
-        made_already = [value]
 
         def again(*args: Any, **kwargs: Any) -> Any:
             return made_already.pop() if made_already else target(*args, **kwargs)
@@ -239,7 +243,7 @@ def _finish(target: Any, run: Call, made: Guarded) -> Any:
 def _proxy(target: Any, run: Call, made: Guarded) -> Any:
     import wrapt
 
-    binds = hasattr(type(target), "__get__") and not isinstance(target, MethodType)
+    binds = not isinstance(target, MethodType) and any("__get__" in vars(base) for base in type(target).__mro__)
 
     def bind(self: Any, instance: Any, owner: type | None = None) -> Any:
         return MethodType(run, instance) if binds and instance is not None else self

@@ -20,13 +20,13 @@ def _inside(policy: Any, inside: Sequence[Any]) -> Iterator[str]:
     match getattr(policy, "role", None):
         case "breaker" if "retry" in roles:
             yield (
-                "CircuitBreaker is outside Retry: it sees one outcome for all attempts together, and the attempts after "
-                "the first go to a dependency that it may have cut off. Put Retry outside CircuitBreaker."
+                "CircuitBreaker is outside Retry: it sees one outcome for all attempts together, and the attempts "
+                "after the first go to a dependency that it may have cut off. Put Retry outside CircuitBreaker."
             )
         case "retry" | "breaker" | "hedge" if "fallback" in roles:
             yield (
-                f"{type(policy).__name__} is outside Fallback: the fallback answers first, so {type(policy).__name__} never "
-                "sees a failure. Put Fallback outermost."
+                f"{type(policy).__name__} is outside Fallback: the fallback answers first, so "
+                f"{type(policy).__name__} never sees a failure. Put Fallback outermost."
             )
         case "hedge" if not policy.idempotent and "idempotent" not in roles:
             yield (
@@ -44,6 +44,6 @@ def _too_long(policy: Any, inside: Sequence[Any]) -> Iterator[str]:
         attempt: float | None = getattr(other, "total", None)
         if attempt is not None and attempt > total:
             yield (
-                f"{type(other).__name__} allows {attempt:g} s inside {type(policy).__name__}, which allows {total:g} s for "
-                "everything: the inner limit can never be reached. Make the inner one shorter."
+                f"{type(other).__name__} allows {attempt:g} s inside {type(policy).__name__}, which allows {total:g} s "
+                "for everything: the inner limit can never be reached. Make the inner one shorter."
             )

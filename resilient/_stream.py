@@ -18,7 +18,7 @@ __all__ = ["Opened", "held_gen", "held_stream", "opened_gen", "opened_stream"]
 
 
 class Opened:
-    """A generator and what came first: `item`, or (with `over`) its end and, for a plain generator, the value `item`."""
+    """A generator and what came first: `item`, or (with `over`) its end, and `item` is what it returned."""
 
     __slots__ = ("item", "over", "source")
 
@@ -31,7 +31,8 @@ def held_gen(call: Call, hold: Callable[[], AbstractContextManager[Any]]) -> Cal
 
     def held(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         with hold():
-            return (yield from call(*args, **kwargs))
+            source: Generator[Any, Any, Any] = call(*args, **kwargs)
+            return (yield from source)
 
     return held
 

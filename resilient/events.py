@@ -33,7 +33,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Retrying(Event):
-    """Attempt number `attempt` failed with `error` (None: its result was not accepted); the next begins in `delay` s."""
+    """Attempt number `attempt` failed with `error` (None: with its result); the next begins in `delay` seconds."""
 
     attempt: int
     delay: float
@@ -42,7 +42,7 @@ class Retrying(Event):
 
 @dataclass(frozen=True, slots=True)
 class GaveUp(Event):
-    """`attempt` attempts in `elapsed` seconds were not enough; `error` goes to the caller (None: the last result does)."""
+    """`attempt` attempts in `elapsed` seconds were not enough; the caller gets `error` (None: the last result)."""
 
     attempt: int
     elapsed: float

@@ -25,7 +25,7 @@ class Pipeline:
     """Guard a function with several policies, outermost first.
 
     A pipeline inside a pipeline stands for its policies. `env` binds the decorated functions to another environment
-    than the system's. Raises `TypeError` for what is no policy and `ValueError` for none, or for one that is there twice.
+    than the system's. Raises `TypeError` for what is no policy, `ValueError` for none or for one that is there twice.
 
     >>> from resilient import Fallback, Pipeline, Retry
     >>> pipeline = Pipeline(Fallback(None), Retry(ConnectionError, attempts=2))

@@ -1,15 +1,15 @@
 """What a policy is, and the environment that it runs in.
 
 A policy has a name, describes itself, is a decorator, and has one *shell* for each kind of function that it serves:
-`sync`, `coro`, `gen`, `stream`. A shell takes the next call inwards and the `Env` and returns a function that guards the
-call. Shells are made once, at decoration. A policy of your own needs no more than a name and one shell.
+`sync`, `coro`, `gen`, `stream`. A shell takes the next call inwards and the `Env`, and returns a function that guards
+the call. Shells are made once, at decoration. A policy of your own needs no more than a name and one shell.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from resilient._guard import decorate
 from resilient._types import Call, F
@@ -25,8 +25,8 @@ __all__ = ["SYSTEM", "Env", "Policy", "seconds", "whole"]
 class Env:
     """Clock, chance and sinks, bound to a function when it is decorated.
 
-    `clock` tells time and sleeps, `rng` makes jitter, `sinks` take events in order. The default of each is the system's.
-    Safe from any thread.
+    `clock` tells time and sleeps, `rng` makes jitter, `sinks` take events in order. The default of each is the
+    system's. Safe from any thread.
     """
 
     __slots__ = ("__weakref__", "_lock", "_rng", "clock", "sinks")
@@ -81,8 +81,8 @@ SYSTEM = Env()
 class Policy:
     """The base of our policies: a decorator that knows its name. Subclass it to write your own.
 
-    Define some of `sync(call, env)`, `coro(call, env)`, `gen(call, env)` and `stream(call, env)`. A kind that is missing is
-    a `TypeError` when a function of that kind is decorated. `role` says where the policy stands in a pipeline.
+    Define some of `sync(call, env)`, `coro(call, env)`, `gen(call, env)` and `stream(call, env)`. A kind that is missing
+    is a `TypeError` when a function of that kind is decorated. `role` says where the policy stands in a pipeline.
     """
 
     __slots__ = ()
@@ -105,7 +105,7 @@ class Policy:
 
 def _short(value: object) -> str:
     if isinstance(value, tuple):
-        return "(" + ", ".join(map(_short, value)) + ")"
+        return "(" + ", ".join(map(_short, cast("tuple[object, ...]", value))) + ")"
     return getattr(value, "__qualname__", None) or repr(value)
 
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from resilient.clock import SystemClock, in_trio
 from resilient.events import Event
@@ -39,9 +38,9 @@ class _FakeTimer:
 class FakeClock:
     """A clock that moves only when told, or when all there is left to do is to wait for it.
 
-    `sleep` (in threads) jumps: it moves the clock and returns. `asleep` (in tasks) parks until `advance` reaches it; with
-    `autojump` (the default) the clock jumps to the next timer as soon as every task of the loop waits. `slept` lists what
-    was asked of both, in order. Safe from any thread; serves asyncio and trio.
+    `sleep` (in threads) jumps: it moves the clock and returns. `asleep` (in tasks) parks until `advance` reaches it;
+    with `autojump` (the default) the clock jumps to the next timer as soon as every task of the loop waits. `slept`
+    lists what was asked of both, in order. Safe from any thread; serves asyncio and trio.
     """
 
     def __init__(self, start: float = 0.0, *, epoch: float = 1_700_000_000.0, autojump: bool = True) -> None:
@@ -92,7 +91,7 @@ class FakeClock:
             import asyncio
 
             woken = asyncio.get_running_loop().create_future()
-            timer = self.call_at(self._now + seconds, lambda: woken.done() or woken.set_result(None))
+            timer = self.call_at(self._now + seconds, lambda: None if woken.done() else woken.set_result(None))
             try:
                 await woken
             finally:
@@ -117,10 +116,7 @@ class FakeClock:
 
     def call_at(self, until: float, callback: Callable[[], object]) -> _FakeTimer:
         """Run `callback` in the running loop once the clock reaches `until`."""
-        if in_trio():
-            timer = self._trio_timer(callback)
-        else:
-            timer = self._asyncio_timer(callback)
+        timer = self._trio_timer(callback) if in_trio() else self._asyncio_timer(callback)
         with self._lock:
             heapq.heappush(self._timers, (until, next(self._count), timer))
         return timer
@@ -230,7 +226,7 @@ _users = 0
 
 
 @contextmanager
-def instant() -> Iterator[None]:
+def instant() -> Generator[None, None, None]:
     """End every sleep of functions bound to the system's environment at once, in all threads, until the block ends.
 
     Waits for a slot of a bulkhead are not sleeps: they end when a slot is free. May be nested.
