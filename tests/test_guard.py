@@ -10,7 +10,7 @@ import inspect
 import pickle  # noqa: TID251
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import wrapt
@@ -42,7 +42,7 @@ def cached(x: int) -> int:
 class Sample:
     """Methods of every sort, the decorator inside and outside."""
 
-    log: list[str] = []
+    log: ClassVar[list[str]] = []
     trace = Tracer("m", log)
 
     @trace
@@ -88,7 +88,7 @@ class Sample:
             yield i
 
     cached = trace(functools.lru_cache(lambda self: id(self)))
-    size = trace(len)
+    size: Any = trace(len)
 
 
 class Child(Sample):
@@ -277,7 +277,7 @@ def test_wrapt_and_functools_decorated_functions_are_seen_through() -> None:
 def test_lambdas_are_guarded_as_what_their_first_result_says() -> None:
     """nopanic: a lambda that returns a coroutine made one attempt of three, silently unguarded."""
     trace = Tracer()
-    made = trace(lambda x: coroutine(x))
+    made: Any = trace(lambda x: coroutine(x))
     assert asyncio.run(made(1)) == asyncio.run(made(1)) == (1, 2, 3)
     assert trace(lambda: 5)() == 5
     assert list(trace(lambda n: generator(n))(2)) == [0, 1]
@@ -341,7 +341,8 @@ def test_a_plain_function_that_promises_an_awaitable_is_awaited() -> None:
     assert asyncio.run(guarded_promise(1)) == (1, 2, 3)
     assert inspect.iscoroutinefunction(guarded_promise)
 
-    def quoted(x: int) -> Coroutine[Any, Any, int]: ...
+    def quoted(x: int) -> Coroutine[Any, Any, tuple[int, int, int]]:
+        return coroutine(x)
 
     quoted.__annotations__["return"] = Coroutine[Any, Any, int]
     quoted.marked = True  # type: ignore[attr-defined] # pyright: ignore[reportFunctionMemberAccess]
@@ -359,14 +360,14 @@ def test_old_style_coroutine_marks_are_honoured() -> None:
 def test_the_check_of_the_first_result_takes_itself_out() -> None:
     """After one result the innermost shell calls the user's function and nothing else."""
     call = Tracer()(plain)
-    cells = [cell for cell in call.__closure__ or () if callable(cell.cell_contents)]  # type: ignore[attr-defined] # pyright: ignore
+    cells = [cell for cell in call.__closure__ or () if callable(cell.cell_contents)]  # pyright: ignore
     assert all(cell.cell_contents is not plain for cell in cells)
     call(1)
     assert any(cell.cell_contents is plain for cell in cells)
 
 
 def test_a_policy_whose_shell_is_no_closure_is_served_too() -> None:
-    class Callable_:
+    class CallsIt:
         def __init__(self, call: Callable[..., Any]) -> None:
             self.call = call
 
@@ -377,7 +378,7 @@ def test_a_policy_whose_shell_is_no_closure_is_served_too() -> None:
         name = "odd"
 
         def sync(self, call: Callable[..., Any], env: Env) -> Callable[..., Any]:
-            inner = Callable_(call)
+            inner = CallsIt(call)
 
             def odd(*args: Any) -> Any:
                 return inner(*args)

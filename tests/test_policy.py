@@ -53,9 +53,9 @@ def test_a_sink_that_raises_is_logged_once_and_removed(caplog: pytest.LogCapture
 
 @pytest.mark.parametrize("sink", [3, "print", None])
 def test_a_sink_that_cannot_be_called_is_refused(sink: Any) -> None:
-    with pytest.raises(TypeError, match="sinks: .* is not callable"):
+    with pytest.raises(TypeError, match=r"sinks: .* is not callable"):
         Env(sinks=[sink])
-    with pytest.raises(TypeError, match="sink: .* is not callable"):
+    with pytest.raises(TypeError, match=r"sink: .* is not callable"):
         Env().subscribe(sink)
 
 

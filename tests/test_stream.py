@@ -108,7 +108,7 @@ def test_empty_and_failing_generators(dress: Callable[..., Any]) -> None:
         yield 1
         raise KeyError("late")
 
-    def around() -> Generator[int, None, str]:
+    def around() -> Generator[int, None, Any]:
         return (yield from dress(empty)())
 
     assert list(dress(empty)()) == []
@@ -199,7 +199,7 @@ def test_a_cancelled_consumer_cancels_the_generator_inside(dress: Callable[..., 
 
         async def consume() -> None:
             async for item in dress(waits)():
-                log.append(str(item))
+                log.append(str(item))  # noqa: PERF401
 
         task = asyncio.create_task(consume())
         while not log:

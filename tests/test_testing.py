@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
-import resilient
+from resilient.clock import in_trio
 from resilient.events import Event, FellBack, Hedged
 from resilient.policy import SYSTEM
 from resilient.testing import FakeClock, Recorder, instant
@@ -45,7 +45,7 @@ def test_tasks_wake_in_the_order_of_their_instants() -> None:
             woken.append(seconds)
             await clock.asleep(0)
 
-        if resilient.clock.in_trio():
+        if in_trio():
             async with trio.open_nursery() as nursery:
                 for seconds in (3.0, 1.0, 2.0):
                     nursery.start_soon(sleeper, seconds)
