@@ -1,0 +1,178 @@
+"""The four services, as they run in processes of their own: small, real over HTTP, and unreliable by appointment.
+
+A service binds loopback alone. It lives by its standard input: a line `begin NOW` tells the instant at which the run
+began, and the end of the input (its parent is gone, however that happened) ends it at once. It appends what it receives
+and does to a ledger file, which outlives its crashes. Its fates come from the schedule, so two runs meet the same.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from email.utils import formatdate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from resilient.clock import SystemClock
+from resilient.demo.schedule import Schedule
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from resilient.clock import Clock
+
+__all__ = ["CRASHED", "LOOPBACK", "Ledger", "Service", "bound", "main", "serve"]
+
+CRASHED = 70  # the exit code of a crash by appointment
+LOOPBACK = "127.0.0.1"
+HANG = 3600.0
+
+
+class Ledger:
+    """What a service received and did, order by order; each line is in the file before anything else happens."""
+
+    def __init__(self, path: Path) -> None:
+        self.received: Counter[str] = Counter()
+        self.done: Counter[str] = Counter()
+        self._file = path.open("a+b", buffering=0)
+        self._file.seek(0)
+        for line in self._file.read().decode().splitlines():
+            word, order = line.split(" ", 1)
+            (self.received if word == "received" else self.done)[order] += 1
+
+    def receive(self, order: str) -> int:
+        """Note a request for `order`, and say how many came before."""
+        before = self.received[order]
+        self._note("received", order)
+        self.received[order] += 1
+        return before
+
+    def do(self, order: str) -> None:
+        """Note that the work for `order` was done, once more."""
+        self._note("done", order)
+        self.done[order] += 1
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._file.close()
+
+    def _note(self, word: str, order: str) -> None:
+        self._file.write(f"{word} {order}\n".encode())
+
+
+class Service:
+    """One service: its routes, its ledger, and its bad days.
+
+    Payment keeps the answers of idempotency keys in memory, where a crash loses them: a fault on purpose, and one that
+    real gateways have had. Shipping is a PUT, and so the same however often it comes. Inventory changes nothing.
+    """
+
+    def __init__(self, name: str, schedule: Schedule, ledger: Ledger, clock: Clock) -> None:
+        self.name, self.schedule, self.ledger, self.clock = name, schedule, ledger, clock
+        self.began: float | None = None
+        self._keys: set[str] = set()
+        self.app = Starlette(
+            routes=[
+                Route("/ledger", self._show),
+                Route("/orders/{order}", self._order, methods=["GET", "POST", "PUT"]),
+            ]
+        )
+
+    def elapsed(self) -> float:
+        """The second of the run; before it began, a calm one."""
+        return -1.0 if self.began is None else self.clock.now() - self.began
+
+    async def _show(self, request: Request) -> Response:
+        return JSONResponse({"received": self.ledger.received, "done": self.ledger.done})
+
+    async def _order(self, request: Request) -> Response:
+        order: str = request.path_params["order"]
+        before = self.ledger.receive(order)
+        fate = self.schedule.fate(self.name, self.elapsed(), order, before)
+        if fate.works:
+            self._work(order, request.headers.get("idempotency-key"))
+        await self.clock.asleep(HANG if fate.hangs else fate.delay)
+        if fate.retry_after is not None:
+            return Response("come again later\n", fate.status, {"retry-after": self._later(fate.retry_after, fate.as_date)})
+        if fate.status != 200:
+            return Response("something broke\n", fate.status)
+        return JSONResponse({"order": order, "service": self.name})
+
+    def _work(self, order: str, key: str | None) -> None:
+        if self.name == "shipping" and self.ledger.done[order]:
+            return
+        if key is not None:
+            if key in self._keys:
+                return
+            self._keys.add(key)
+        self.ledger.do(order)
+
+    def _later(self, seconds: int, as_date: bool) -> str:
+        # A date is in whole seconds, rounded up: never earlier than was asked for.
+        return formatdate(self.clock.at() + seconds + 1, usegmt=True) if as_date else str(seconds)
+
+
+def bound(port: int) -> socket.socket:
+    """A socket on a loopback port (0: a free one), not yet listening.
+
+    The parent holds one for the whole run: it keeps the port from others while the service is down, and since it does
+    not listen, the kernel refuses connections meanwhile, as with any dead service.
+    """
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        made.bind((LOOPBACK, port))
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def serve(
+    service: Service, port: int, orders: Iterable[str], say: Callable[[str], object], leave: Callable[[int], object]
+) -> None:
+    """Serve on `port` until `orders` (the lines of standard input) end; `leave` is how a process exits on the spot."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            say("ready")
+
+    config = uvicorn.Config(service.app, log_level="error", lifespan="off", timeout_keep_alive=600)
+    server = Server(config)
+
+    def obey() -> None:
+        for line in orders:
+            service.began = float(line.split()[1])
+            crash = service.schedule.crash(service.name)
+            if crash is not None and service.elapsed() < crash.start:
+                threading.Thread(target=fall, args=(crash.start,), daemon=True).start()
+        leave(0)
+
+    def fall(second: float) -> None:
+        service.clock.sleep(second - service.elapsed())
+        leave(CRASHED)
+
+    threading.Thread(target=obey, daemon=True).start()
+    server.run(sockets=[bound(port)])
+
+
+def main(arguments: list[str]) -> None:
+    """What a child process runs: `NAME PORT SEED SECONDS LEDGER`."""
+    name, port, seed, seconds, path = arguments
+    service = Service(name, Schedule(int(seed), float(seconds)), Ledger(Path(path)), SystemClock())
+
+    def say(word: str) -> Any:
+        print(word, flush=True)
+
+    serve(service, int(port), sys.stdin, say, os._exit)
