@@ -81,7 +81,7 @@ SYSTEM = Env()
 class Policy:
     """The base of our policies: a decorator that knows its name. Subclass it to write your own.
 
-    Define some of `sync(call, env)`, `coro(call, env)`, `gen(call, env)` and `stream(call, env)`. A kind that is missing
+    Define some of `sync(call, env)`, `coro(call, env)`, `gen(call, env)`, `stream(call, env)`. A kind that is missing
     is a `TypeError` when a function of that kind is decorated. `role` says where the policy stands in a pipeline.
     """
 
