@@ -1,0 +1,32 @@
+"""The examples of README.md and docs/ are tests: Sybil runs every Python block, one namespace a page.
+
+Sleeps of the system's clock end at once, so that a page with a retry takes no time. What an example promises, it
+shows as `>>>` with the answer, or asserts.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+
+def setup(namespace: dict[str, Any]) -> None:
+    from resilient.testing import instant
+
+    stack = namespace["_stack"] = ExitStack()
+    stack.enter_context(instant())
+
+
+def teardown(namespace: dict[str, Any]) -> None:
+    namespace["_stack"].close()
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md", "docs/*/*.md"],
+    setup=setup,
+    teardown=teardown,
+).pytest()
