@@ -93,6 +93,10 @@ def pairs() -> list[tuple[str, str, str, ast.AST, ast.AST, frozenset[str]]]:
         if "demo" in path.parts or path.name in ("clock.py", "testing.py"):
             continue
         tree = ast.parse(path.read_text())
+        # A call may go to a twin in another class of the same file.
+        plains = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        coroutines = {node.name for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef)}
+        names = frozenset(name for name in plains if _async_name(name) in coroutines)
         for home in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]:
             body: list[ast.stmt] = getattr(home, "body")  # noqa: B009
             functions = {node.name: node for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
@@ -103,7 +107,6 @@ def pairs() -> list[tuple[str, str, str, ast.AST, ast.AST, frozenset[str]]]:
             couples = [(a, b) for a, b in couples if f"self.{b}(" not in ast.unparse(functions[a])]
             if "sync" in functions and "coro" in functions and (path.name, owner) not in APART:
                 couples.append(("coro", "sync"))
-            names = frozenset(twins)
             found += [(path.name, owner, b, functions[a], functions[b], names) for a, b in couples]
     return found
 
