@@ -15,7 +15,10 @@ from pathlib import Path
 __all__ = ["BUNDLED", "FIELDS", "Order", "OrdersError", "parse", "read"]
 
 BUNDLED = Path(__file__).parent / "orders.csv"
-FIELDS = tuple("order_id,customer,email,street,postcode,city,country,sku,product,quantity,price".split(","))
+FIELDS = ("order_id", "customer", "email", "street", "postcode", "city", "country", "sku", "product") + (
+    "quantity",
+    "price",
+)
 
 
 class OrdersError(ValueError):

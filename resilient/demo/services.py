@@ -17,6 +17,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -101,7 +102,9 @@ class Service:
             self._work(order, request.headers.get("idempotency-key"))
         await self.clock.asleep(HANG if fate.hangs else fate.delay)
         if fate.retry_after is not None:
-            return Response("come again later\n", fate.status, {"retry-after": self._later(fate.retry_after, fate.as_date)})
+            return Response(
+                "come again later\n", fate.status, {"retry-after": self._later(fate.retry_after, fate.as_date)}
+            )
         if fate.status != 200:
             return Response("something broke\n", fate.status)
         return JSONResponse({"order": order, "service": self.name})
@@ -141,7 +144,6 @@ def serve(
     service: Service, port: int, orders: Iterable[str], say: Callable[[str], object], leave: Callable[[int], object]
 ) -> None:
     """Serve on `port` until `orders` (the lines of standard input) end; `leave` is how a process exits on the spot."""
-    import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,0 +1,71 @@
+"""The command `resilient`.
+
+    resilient demo [--quick] [--seed N] [--plain] [--orders FILE] [--json FILE]
+    resilient --version
+
+What a command needs beyond the core comes with an extra; without it the command says which one and exits with 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from resilient import __version__
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments` (those of the process) and return its exit code."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return 2
+    return _demo(chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="resilient", description="Guards for functions in a world that fails.")
+    parser.add_argument("--version", action="version", version=f"resilient-kit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    demo = commands.add_parser(
+        "demo",
+        help="order processing against services that misbehave, with guards and without",
+        description="Pushes orders through four local services that misbehave on a seeded schedule, first without "
+        "guards, then with them, and compares. Exit code 0: the guards completed more orders; 1: they did not; "
+        "2: it could not run.",
+    )
+    demo.add_argument("--quick", action="store_true", help="ten seconds in place of a minute")
+    demo.add_argument("--seed", type=int, default=1, metavar="N", help="the seed of the schedule (default: 1)")
+    demo.add_argument("--plain", action="store_true", help="lines in place of the live board, without colours")
+    demo.add_argument(
+        "--orders", type=Path, metavar="FILE", help="a CSV file of orders (default: the 600 that come along)"
+    )
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of the report to FILE as well")
+    return parser
+
+
+def _demo(chosen: argparse.Namespace) -> int:
+    try:
+        from resilient.demo.orders import BUNDLED
+        from resilient.demo.run import main as run_demo
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("httpx", "rich", "starlette", "uvicorn"):
+            raise
+        print(
+            f"resilient demo: it needs {error.name}, which is not installed. Get it with the extra `demo`:\n"
+            "    pip install 'resilient-kit[demo]'",
+            file=sys.stderr,
+        )
+        return 2
+    return run_demo(
+        quick=chosen.quick,
+        seed=chosen.seed,
+        plain=chosen.plain,
+        path=chosen.orders or BUNDLED,
+        json_path=chosen.json,
+    )

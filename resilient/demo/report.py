@@ -1,0 +1,167 @@
+"""The closing report: both runs side by side, from the client's numbers and from the services' ledgers.
+
+`notes` says in words what the table shows, what guards cost included. `as_data` is the same as plain data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from resilient.demo.numbers import Result
+from resilient.demo.schedule import SERVICES, Schedule
+
+__all__ = ["as_data", "draw", "kept", "notes", "rows"]
+
+
+def kept(before: Result, after: Result) -> bool:
+    """Whether the guards did what they are for: more orders done than without them (or all, where both did all)."""
+    return after.done > before.done or after.done == before.done == len(after.outcomes)
+
+
+def rows(result: Result) -> list[tuple[str, str]]:
+    """One run's column of the table, with the headings. An empty value makes a heading of its own."""
+    orders = len(result.outcomes)
+    books = result.books
+    return [
+        ("the client says", ""),
+        ("orders done", f"{result.done} of {orders} ({_share(result.done, orders)})"),
+        ("orders failed", str(orders - result.done)),
+        ("p50, of orders done", _seconds(result.latency(0.5))),
+        ("p99, of orders done", _seconds(result.latency(0.99))),
+        ("calls sent", f"{result.sent} ({result.sent / orders:.2f} an order)"),
+        ("wall time", f"{result.wall:.1f} s"),
+        ("customers not told", str(result.untold)),
+        ("messages in the outbox", str(result.outbox)),
+        ("the services' ledgers say", ""),
+        ("requests received", str(sum(books.received.values()))),
+        ("orders charged", str(len(books.charged))),
+        ("charged twice", str(books.charged_twice)),
+        ("charged, never shipped", str(books.charged_not_shipped)),
+        ("done, but the client says failed", str(books.unnoticed(result.outcomes))),
+    ]
+
+
+def notes(before: Result, after: Result) -> Iterator[str]:
+    """What the numbers mean, sentence by sentence."""
+    gained = after.done - before.done
+    if gained > 0:
+        yield f"The guards completed {gained} orders more ({_percent(gained, before.done)})."
+    elif kept(before, after):
+        yield "Both runs completed every order: the guards had nothing to save."
+    else:
+        yield f"The guards did not keep their promise: {-gained} orders fewer were done, or none more."
+    extra = after.sent - before.sent
+    yield (
+        f"They sent {abs(extra)} calls {'more' if extra >= 0 else 'fewer'} ({_percent(extra, before.sent)}). Without them, "
+        "an order that fails sends no more calls, which spares the later services."
+    )
+    slow = (before.latency(0.99), after.latency(0.99))
+    if slow[0] is not None and slow[1] is not None and slow[1] > slow[0]:
+        yield (
+            f"Their p99 is {slow[1] - slow[0]:.2f} s longer: an order that waits for a sick service to come back ends late, "
+            "where it would have failed early."
+        )
+    if after.books.charged_twice:
+        yield (
+            f"{_orders(after.books.charged_twice)} charged twice with guards: the payment service forgot its idempotency "
+            "keys when it crashed, and retries did the rest. Retries alone cannot mend that."
+        )
+    if after.books.charged_not_shipped:
+        yield (
+            f"{_orders(after.books.charged_not_shipped)} charged with guards and never shipped. Somebody must refund "
+            "them: no guard does."
+        )
+    for result in (before, after):
+        if result.reasons:
+            most = ", ".join(f"{reason} ({times})" for reason, times in result.reasons.most_common(6))
+            yield f"Why orders failed {result.title}: {most}."
+
+
+def draw(console: Console, schedule: Schedule, before: Result, after: Result) -> None:
+    """Print the whole report."""
+    console.print()
+    console.print(Text(f"The same {len(after.outcomes)} orders, the same trouble (seed {schedule.seed})", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column(before.title, justify="right")
+    table.add_column(after.title, justify="right", style="bold")
+    for (heading, left), (_, right) in zip(rows(before), rows(after), strict=True):
+        table.add_row(Text(heading if not left else f"  {heading}", style="" if left else "italic"), left, right)
+    console.print(table)
+    console.print(Text("What the guards did", style="bold"))
+    console.print(_by_service(after))
+    for note in notes(before, after):
+        console.print(f"- {note}", markup=False)
+    console.print(
+        f"- Without guards means: one attempt for each call, with a time limit of {schedule.patience:g} s. Latency counts "
+        "from the instant at which an order arrived.",
+        markup=False,
+    )
+
+
+def _by_service(result: Result) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("service")
+    columns = ("sent", "retries", "refused", "timeouts", "hedges", "opened", "fallbacks", "gave_up")
+    for heading in columns:
+        table.add_column(heading.replace("_", " "), justify="right", no_wrap=True)
+    for service in SERVICES:
+        tally = result.tallies[service]
+        table.add_row(service, *(str(getattr(tally, column)) for column in columns))
+    return table
+
+
+def as_data(schedule: Schedule, before: Result, after: Result) -> dict[str, Any]:
+    """Everything that the report says, for `json`."""
+    return {
+        "seed": schedule.seed,
+        "seconds": schedule.seconds,
+        "episodes": [asdict(episode) for episode in schedule.episodes],
+        "without_guards": _result(before),
+        "with_guards": _result(after),
+        "promise_kept": kept(before, after),
+    }
+
+
+def _result(result: Result) -> dict[str, Any]:
+    return {
+        "orders": len(result.outcomes),
+        "done": result.done,
+        "failed": Counter(result.reasons),
+        "p50": result.latency(0.5),
+        "p99": result.latency(0.99),
+        "sent": result.sent,
+        "received": result.books.received,
+        "wall": result.wall,
+        "untold": result.untold,
+        "outbox": result.outbox,
+        "charged": len(result.books.charged),
+        "charged_twice": result.books.charged_twice,
+        "charged_not_shipped": result.books.charged_not_shipped,
+        "unnoticed": result.books.unnoticed(result.outcomes),
+        "services": {service: asdict(tally) for service, tally in result.tallies.items()},
+    }
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _percent(change: int, base: int) -> str:
+    return f"{100 * change / base:+.0f} %" if base else "from none"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"
+
+
+def _orders(count: int) -> str:
+    return "1 order was" if count == 1 else f"{count} orders were"

@@ -1,0 +1,163 @@
+"""The demo from end to end: the same orders over the same schedule, first without guards, then with them.
+
+Orders arrive at an even pace and at most `CROWD` are in work at a time, in both runs. Each run has services of its own,
+started afresh. Interrupting it at any point ends every child and removes every file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from resilient import CircuitBreaker, Env, inspect
+from resilient.clock import SystemClock
+from resilient.demo.client import Calls, Shop, bare, guards, open_http, place
+from resilient.demo.numbers import Books, Progress, Result
+from resilient.demo.orders import Order, OrdersError, read
+from resilient.demo.report import as_data, draw, kept
+from resilient.demo.schedule import SERVICES, Schedule
+from resilient.demo.services import LOOPBACK
+from resilient.demo.supervisor import ServiceFailed, Services
+from resilient.demo.view import Scene, View, view_for
+
+__all__ = ["CROWD", "FULL", "QUICK", "compare", "main", "run"]
+
+CROWD = 48
+FULL = (24.0, 100_000)  # seconds of the schedule, and the most orders that it takes
+QUICK = (3.2, 120)
+
+
+async def run(orders: Sequence[Order], schedule: Schedule, guarded: bool, view: View) -> Result:
+    """Push `orders` through services of their own, and read the ledgers when all is over."""
+    clock = SystemClock()
+    progress = Progress("with guards" if guarded else "without guards", len(orders), clock.now)
+    outbox: list[Order] = []
+    async with Services(schedule) as services, open_http(schedule.patience) as http:
+        calls = Calls(http, services.urls, progress.tallies)
+        shop = guards(calls, Env(sinks=[progress]), schedule.patience, outbox) if guarded else bare(calls)
+        services.begin()
+        progress.began = services.began
+        view.begin(_scene(progress, services, shop))
+        watcher = asyncio.create_task(_watch(view, clock, progress, services))
+        try:
+            await _push(orders, shop, clock, progress, schedule.seconds / len(orders))
+            wall = progress.elapsed
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+            view.end()
+        await services.all_up()
+        books = await _books(services.urls)
+    return Result(progress.title, progress.outcomes, progress.tallies, books, wall, len(outbox))
+
+
+async def _push(orders: Sequence[Order], shop: Shop, clock: SystemClock, progress: Progress, gap: float) -> None:
+    crowd = asyncio.Semaphore(CROWD)
+
+    async def one(order: Order, due: float) -> None:
+        async with crowd:
+            progress.in_flight += 1
+            try:
+                progress.outcomes.append(await place(order, shop, clock, due))
+            finally:
+                progress.in_flight -= 1
+
+    async with asyncio.TaskGroup() as group:
+        for number, order in enumerate(orders):
+            due = progress.began + number * gap
+            await clock.asleep(due - clock.now())
+            group.create_task(one(order, due))
+
+
+def _scene(progress: Progress, services: Services, shop: Shop) -> Scene:
+    breakers = {
+        service: policy
+        for service in SERVICES
+        for policy in inspect(getattr(shop, service))
+        if isinstance(policy, CircuitBreaker)
+    }
+
+    def trouble(service: str) -> str:
+        if not services.up[service]:
+            return "down"
+        episode = services.schedule.of(service, progress.elapsed)
+        return "" if episode is None else episode.kind
+
+    def breaker(service: str) -> str:
+        return breakers[service].state if service in breakers else ""
+
+    return Scene(progress, trouble, breaker)
+
+
+async def _watch(view: View, clock: SystemClock, progress: Progress, services: Services) -> None:
+    up = dict(services.up)
+    while True:
+        for service, now in services.up.items():
+            if now != up[service]:
+                progress.tell(f"{service} process {'is back' if now else 'is gone: it crashed'}")
+        up = dict(services.up)
+        view.tick()
+        await clock.asleep(view.every)
+
+
+async def _books(urls: dict[str, str]) -> Books:
+    """Ask the services themselves what they received and did."""
+    ledgers: dict[str, Any] = {}
+    async with httpx.AsyncClient(timeout=30.0, trust_env=False) as http:
+        for service, url in urls.items():
+            ledgers[service] = (await http.get(f"{url}/ledger")).raise_for_status().json()
+    return Books(
+        received={service: sum(ledger["received"].values()) for service, ledger in ledgers.items()},
+        charged=Counter(ledgers["payment"]["done"]),
+        shipped=Counter(ledgers["shipping"]["done"]),
+    )
+
+
+async def compare(orders: Sequence[Order], schedule: Schedule, view: View) -> tuple[Result, Result]:
+    """The run without guards and the run with them, one after the other. SIGTERM ends it like Ctrl-C does."""
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    for name in ("SIGTERM", "SIGHUP"):
+        # Not in a thread, where signals never arrive.
+        with suppress(ValueError, RuntimeError):
+            loop.add_signal_handler(getattr(signal, name), task.cancel)
+    return await run(orders, schedule, False, view), await run(orders, schedule, True, view)
+
+
+def main(*, quick: bool, seed: int, plain: bool, path: Path, json_path: Path | None, out: Console | None = None) -> int:
+    """Run the demo and print its report: 0 if the guards kept their promise, 1 if not, 2 if it could not run."""
+    console = out or Console(highlight=False, **({"no_color": True} if plain else {}))
+    complain: Callable[[str], object] = lambda text: print(f"resilient demo: {text}", file=sys.stderr)  # noqa: E731
+    seconds, most = QUICK if quick else FULL
+    try:
+        orders = read(path)[:most]
+        if json_path is not None:
+            json_path.touch()  # better to learn now than in a minute that it cannot be written
+        schedule = Schedule(seed, seconds)
+        console.print(
+            f"resilient demo: {len(orders)} orders over {seconds:g} s, seed {seed}, {len(schedule.episodes)} episodes of "
+            f"trouble, on {LOOPBACK} only",
+            soft_wrap=True,
+        )
+        before, after = asyncio.run(compare(orders, schedule, view_for(console, plain)))
+        draw(console, schedule, before, after)
+        if json_path is not None:
+            json_path.write_text(json.dumps(as_data(schedule, before, after), indent=2) + "\n", encoding="utf-8")
+    except (OrdersError, ServiceFailed, OSError) as error:
+        complain(str(error))
+        return 2
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        complain("interrupted; the services are stopped")
+        return 130
+    return 0 if kept(before, after) else 1
