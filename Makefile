@@ -70,7 +70,7 @@ $(VENV)/.mutate: $(VENV)/.base pyproject.toml
 # -- work --------------------------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.demo
-	@$(BIN)/python -m resilient.cli demo $(ARGS)
+	@$(BIN)/resilient demo $(ARGS)
 
 test: $(VENV)/.test
 	$(if $(WHEEL),rm -rf $(VENV)/tree && mkdir $(VENV)/tree && cp -R $(TREE) $(VENV)/tree)
