@@ -27,8 +27,8 @@ __all__ = ["LoopWaiter", "Park", "ThreadWaiter", "TrioWaiter", "task_waiter"]
 # a lock has to keep. Only `wake` hands over, always to the front of the queue, and nobody takes a slot past a queue.
 #
 # Why an interrupt (a signal handler that raises, an asynchronous exception) loses nothing. CPython delivers one only
-# at calls, backward jumps and function entry. So statements without a call stand or fall together, such as
-# `del tokens[-1]` and `granted = True`. A waiter stays in front, granted, until it has been woken: a `wake` that was cut
+# at calls, backward jumps and function entry. So statements without a call stand or fall together, for instance
+# `del tokens[-1]` and `granted = True`. A waiter stays in front, granted, until it is woken: a `wake` that was cut
 # short can simply be called again, and rings twice at worst.
 #
 # The lock is re-entrant because a finaliser that closes a generator, and with it gives back a slot, may run anywhere.
