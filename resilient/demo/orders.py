@@ -15,9 +15,10 @@ from pathlib import Path
 __all__ = ["BUNDLED", "FIELDS", "Order", "OrdersError", "parse", "read"]
 
 BUNDLED = Path(__file__).parent / "orders.csv"
-FIELDS = ("order_id", "customer", "email", "street", "postcode", "city", "country", "sku", "product") + (
-    "quantity",
-    "price",
+FIELDS = (
+    *("order_id", "customer", "email"),
+    *("street", "postcode", "city", "country"),
+    *("sku", "product", "quantity", "price"),
 )
 
 

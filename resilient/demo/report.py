@@ -57,22 +57,22 @@ def notes(before: Result, after: Result) -> Iterator[str]:
     elif kept(before, after):
         yield "Both runs completed every order: the guards had nothing to save."
     else:
-        yield f"The guards did not keep their promise: {-gained} orders fewer were done, or none more."
+        yield f"The guards did not keep their promise: {after.done} orders done, and {before.done} without them."
     extra = after.sent - before.sent
     yield (
-        f"They sent {abs(extra)} calls {'more' if extra >= 0 else 'fewer'} ({_percent(extra, before.sent)}). Without them, "
-        "an order that fails sends no more calls, which spares the later services."
+        f"They sent {abs(extra)} calls {'more' if extra >= 0 else 'fewer'} ({_percent(extra, before.sent)}). Some are "
+        "retries and hedges; others are the later steps of orders that would have failed before."
     )
     slow = (before.latency(0.99), after.latency(0.99))
     if slow[0] is not None and slow[1] is not None and slow[1] > slow[0]:
         yield (
-            f"Their p99 is {slow[1] - slow[0]:.2f} s longer: an order that waits for a sick service to come back ends late, "
-            "where it would have failed early."
+            f"Their p99 is {slow[1] - slow[0]:.2f} s longer: an order that waits for a sick service to come back "
+            "ends late, where it would have failed early."
         )
     if after.books.charged_twice:
         yield (
-            f"{_orders(after.books.charged_twice)} charged twice with guards: the payment service forgot its idempotency "
-            "keys when it crashed, and retries did the rest. Retries alone cannot mend that."
+            f"{_orders(after.books.charged_twice)} charged twice with guards: the payment service forgot its "
+            "idempotency keys when it crashed, and retries did the rest. Retries alone cannot mend that."
         )
     if after.books.charged_not_shipped:
         yield (
@@ -101,18 +101,18 @@ def draw(console: Console, schedule: Schedule, before: Result, after: Result) ->
     for note in notes(before, after):
         console.print(f"- {note}", markup=False)
     console.print(
-        f"- Without guards means: one attempt for each call, with a time limit of {schedule.patience:g} s. Latency counts "
-        "from the instant at which an order arrived.",
+        f"- Without guards means: one attempt for each call, with a time limit of {schedule.patience:g} s. Latency "
+        "counts from the instant at which an order arrived.",
         markup=False,
     )
 
 
 def _by_service(result: Result) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("service")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("service", no_wrap=True)
     columns = ("sent", "retries", "refused", "timeouts", "hedges", "opened", "fallbacks", "gave_up")
     for heading in columns:
-        table.add_column(heading.replace("_", " "), justify="right", no_wrap=True)
+        table.add_column(heading.replace("_", " "), justify="right")
     for service in SERVICES:
         tally = result.tallies[service]
         table.add_row(service, *(str(getattr(tally, column)) for column in columns))

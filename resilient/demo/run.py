@@ -146,8 +146,8 @@ def main(*, quick: bool, seed: int, plain: bool, path: Path, json_path: Path | N
             json_path.touch()  # better to learn now than in a minute that it cannot be written
         schedule = Schedule(seed, seconds)
         console.print(
-            f"resilient demo: {len(orders)} orders over {seconds:g} s, seed {seed}, {len(schedule.episodes)} episodes of "
-            f"trouble, on {LOOPBACK} only",
+            f"resilient demo: {len(orders)} orders over {seconds:g} s, seed {seed}, {len(schedule.episodes)} episodes "
+            f"of trouble, on {LOOPBACK} only",
             soft_wrap=True,
         )
         before, after = asyncio.run(compare(orders, schedule, view_for(console, plain)))
