@@ -2,7 +2,7 @@
 
 The Generic Cell Rate Algorithm (ITU-T I.371 and the ATM Forum, in its form as a continuous leaky bucket; Brandur
 Leach's `throttled` made it known for calls). Waiting is a reservation: each caller sleeps its own exact delay, so the
-order is that of asking, with no queue and no herd. Never admits more than rate * t + burst in any t seconds. Costs about
+order is that of asking, with no queue and no herd. Never admits more than rate * t + burst in any t seconds. Costs some
 two closure calls; no lock under a GIL. It does not limit how many run at a time (see `Bulkhead`).
 Safe from any thread, asyncio loop and trio run.
 """
