@@ -1,0 +1,96 @@
+"""What guarding may cost. A budget that is missed fails the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.cases import OURS
+from benchmarks.figures import Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A bound on one figure of one candidate."""
+
+    says: str
+    suite: str
+    mode: str
+    group: str
+    name: str
+    field: str
+    bound: float
+    unit: str
+    side: Literal["at most", "below", "at least"] = "at most"
+
+    @property
+    def job(self) -> tuple[str, str, str]:
+        """The job that measures it."""
+        if self.suite == "calls":
+            return self.suite, self.mode, self.group
+        return self.suite, self.mode if self.suite in ("failure", "rejection", "memory") else "", ""
+
+    def value(self, figures: Figures) -> float | None:
+        """What was measured, or None where nothing was."""
+        row = figures.find(self.suite, self.mode, self.group, self.name)
+        value = None if row is None else row.get(self.field)
+        return None if value is None else float(value)
+
+    def why_not(self, figures: Figures) -> str:
+        """Why nothing was measured."""
+        row = figures.find(self.suite, self.mode, self.group, self.name)
+        return "was not run" if row is None else str(row.get("error", "gave no figure"))
+
+    def kept(self, value: float) -> bool:
+        """Whether the figure is within the bound."""
+        if self.side == "at least":
+            return value >= self.bound
+        return value <= self.bound if self.side == "at most" else value < self.bound
+
+    def limit(self) -> str:
+        """The bound, in words."""
+        return f"{self.side} {self.bound:g} {self.unit}"
+
+
+def _calls(says: str, group: str, bound: float, name: str = OURS) -> Budget:
+    return Budget(says, "calls", "sync", group, name, "closures", bound, "closure calls")
+
+
+BUDGETS = (
+    _calls("retry", "retry", 1.5),
+    _calls("breaker, by rate", "breaker", 2.0),
+    _calls("breaker, consecutive", "breaker", 2.0, f"{OURS} (consecutive)"),
+    _calls("bulkhead", "bulkhead", 2.0),
+    _calls("rate limiter", "rate limit", 4.0),
+    _calls("fallback", "fallback", 1.5),
+    _calls("deadline of a plain function", "deadline", 3.0),
+    _calls("stack of three, plain", "stack of three", 5.0),
+    _calls("stack of five, plain", "stack of five", 10.0, f"{OURS} (deadline)"),
+    Budget(
+        "stack of five, coroutine, with a real timeout",
+        "calls",
+        "async",
+        "stack of five",
+        OURS,
+        "timeouts",
+        1.0,
+        "bare asyncio.timeout()",
+        "below",
+    ),
+    Budget("retry after one failure", "failure", "sync", "retry", OURS, "ns", 3000.0, "ns"),
+    Budget("refusal by an open breaker", "rejection", "sync", "breaker", OURS, "ns", 600.0, "ns"),
+    Budget("memory of a stack of three", "memory", "sync", "stack of three", OURS, "bytes", 2048.0, "bytes"),
+    # Eight, less what a shared machine takes away from the sleeps themselves.
+    Budget(
+        "8 threads in a sleep of 1 ms, stack of three",
+        "threads",
+        "sync",
+        "stack of three",
+        OURS,
+        "speedup",
+        7.5,
+        "times one thread",
+        "at least",
+    ),
+    Budget("import resilient", "imports", "", "", OURS, "added_ms", 10.0, "ms over bare Python"),
+)

@@ -1,0 +1,106 @@
+"""From raw series to figures: what guarding adds, and in which units.
+
+*Added cost* is (guarded call - bare call) / (one pass-through call), where the pass-through call is the whole of
+`def w(*args, **kwargs): return f(*args, **kwargs)`, measured beside the candidate; for coroutines, of its `async def`
+twin. All three are minima over all rounds. `*_median` is the same from the medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+Row = dict[str, Any]
+Key = tuple[str, str, str, str]
+
+
+class Figures:
+    """Rows of all jobs so far. Rows of the same candidate are pooled: more rounds, nearer to the truth."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Key, Row] = {}
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Take rows in as a worker gave them."""
+        for row in rows:
+            key = row["suite"], row["mode"], row["group"], row["name"]
+            known = self._rows.get(key)
+            if known is None or "series" not in known:
+                self._rows[key] = row
+            elif "series" in row:
+                for field, series in row["series"].items():
+                    known["series"][field] = known["series"].get(field, []) + series
+
+    def rows(self) -> list[Row]:
+        """The figures, one row for each candidate, without the raw series."""
+        return [self._row(row) for row in self._rows.values()]
+
+    def find(self, suite: str, mode: str, group: str, name: str) -> Row | None:
+        """The figures of one candidate."""
+        row = self._rows.get((suite, mode, group, name))
+        return None if row is None else self._row(row)
+
+    def _row(self, row: Row) -> Row:
+        made = {key: value for key, value in row.items() if key != "series"}
+        series: dict[str, list[float]] | None = row.get("series")
+        if series:
+            made.update(_FIGURES[row["suite"]](self, row, series))
+        return made
+
+    def _reference(self, row: Row, name: str, field: str) -> list[float] | None:
+        group = row["group"] if row["suite"] in ("calls", "forms") else "reference"
+        found = self._rows.get((row["suite"], row["mode"], group, name))
+        if found is None or not found.get("reference"):
+            found = self._rows.get((row["suite"], row["mode"], "", name))
+        series: dict[str, list[float]] = {} if found is None else found.get("series", {})
+        return series.get(field)
+
+    def added(self, row: Row, series: dict[str, list[float]]) -> Row:
+        """Nanoseconds of a call, and what is added to the bare one."""
+        ns = series["ns"]
+        made = {"ns": round(min(ns), 1), "median_ns": round(statistics.median(ns), 1)}
+        bare = self._reference(row, "bare call", "ns")
+        closure = self._reference(row, "closure", "ns")
+        if bare and closure:
+            made["added_ns"] = round(min(ns) - min(bare), 1)
+            made["closures"] = round((min(ns) - min(bare)) / min(closure), 2)
+            middle = statistics.median
+            made["closures_median"] = round((middle(ns) - middle(bare)) / middle(closure), 2)
+        timeout = self._reference(row, "asyncio.timeout", "ns")
+        if bare and timeout:
+            made["timeouts"] = round((min(ns) - min(bare)) / (min(timeout) - min(bare)), 3)
+        return made
+
+    def milliseconds(self, row: Row, series: dict[str, list[float]]) -> Row:
+        """Milliseconds over those of the reference."""
+        ms = series["ms"]
+        made = {"ms": round(min(ms), 2), "median_ms": round(statistics.median(ms), 2)}
+        bare = self._reference(row, "bare python" if row["suite"] == "imports" else "bare call", "ms")
+        if bare:
+            made["added_ms"] = round(min(ms) - min(bare), 2)
+            if "number" in row:
+                made["added_us_per_task"] = round((min(ms) - min(bare)) * 1e3 / row["number"], 2)
+        return made
+
+    def rates(self, row: Row, series: dict[str, list[float]]) -> Row:
+        """Calls a second by number of threads, and how far eight threads get."""
+        made: Row = {"per_second": {threads: round(max(rates)) for threads, rates in series.items()}}
+        made["speedup"] = round(max(series["8"]) / max(series["1"]), 2)
+        return made
+
+
+def _bytes(figures: Figures, row: Row, series: dict[str, list[float]]) -> Row:
+    return {"bytes": round(min(series["bytes"]))}
+
+
+_FIGURES: dict[str, Any] = {
+    "calls": Figures.added,
+    "forms": Figures.added,
+    "failure": Figures.added,
+    "rejection": Figures.added,
+    "imports": Figures.milliseconds,
+    "tasks": Figures.milliseconds,
+    "threads": Figures.rates,
+    "memory": _bytes,
+}
