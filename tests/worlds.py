@@ -66,6 +66,7 @@ class AsyncioWorld:
         handle = Handle()
         task = asyncio.create_task(handle.run(fn))
         handle.cancel = task.cancel
+        task.add_done_callback(lambda _: setattr(handle, "done", True))  # Cancelled before its start, it never runs.
         self._tasks.append(task)
         return handle
 
