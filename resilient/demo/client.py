@@ -105,8 +105,10 @@ def transient(error: BaseException) -> bool:
 
 
 def broken(error: BaseException) -> bool:
-    """Whether an error says that the service is ill. "Too many requests" is an answer of a healthy one."""
-    return not (isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500)
+    """Whether an error says that the service is ill: 429 is an answer of a healthy one, a refusal of ours is none."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500
+    return not isinstance(error, Rejected)
 
 
 def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop:

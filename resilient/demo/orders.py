@@ -109,9 +109,8 @@ def _quantity(text: str) -> int:
 def _price(text: str) -> Decimal:
     try:
         price = Decimal(text)
-        fits = price > 0 and price == price.quantize(Decimal("0.01"))
+        if price > 0 and price == price.quantize(Decimal("0.01")):
+            return price
     except InvalidOperation:
-        fits = False
-    if not fits:
-        raise ValueError(f"price must be a number above 0 with at most two decimals, not {text!r}")
-    return price
+        pass
+    raise ValueError(f"price must be a number above 0 with at most two decimals, not {text!r}")

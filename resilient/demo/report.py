@@ -17,8 +17,11 @@ from rich.text import Text
 
 from resilient.demo.numbers import Result
 from resilient.demo.schedule import SERVICES, Schedule
+from resilient.demo.services import LOOPBACK
 
-__all__ = ["as_data", "draw", "kept", "notes", "rows"]
+__all__ = ["announce", "as_data", "draw", "kept", "notes", "rows", "strip"]
+
+STRIP = 60
 
 
 def kept(before: Result, after: Result) -> bool:
@@ -53,11 +56,11 @@ def notes(before: Result, after: Result) -> Iterator[str]:
     """What the numbers mean, sentence by sentence."""
     gained = after.done - before.done
     if gained > 0:
-        yield f"The guards completed {gained} orders more ({_percent(gained, before.done)})."
+        yield f"The guards completed {_orders(gained)} more ({_percent(gained, before.done)})."
     elif kept(before, after):
         yield "Both runs completed every order: the guards had nothing to save."
     else:
-        yield f"The guards did not keep their promise: {after.done} orders done, and {before.done} without them."
+        yield f"The guards did not keep their promise: {_orders(after.done)} done, {before.done} without them."
     extra = after.sent - before.sent
     yield (
         f"They sent {abs(extra)} calls {'more' if extra >= 0 else 'fewer'} ({_percent(extra, before.sent)}). Some are "
@@ -71,18 +74,35 @@ def notes(before: Result, after: Result) -> Iterator[str]:
         )
     if after.books.charged_twice:
         yield (
-            f"{_orders(after.books.charged_twice)} charged twice with guards: the payment service forgot its "
+            f"{_were(after.books.charged_twice)} charged twice with guards: the payment service forgot its "
             "idempotency keys when it crashed, and retries did the rest. Retries alone cannot mend that."
         )
     if after.books.charged_not_shipped:
         yield (
-            f"{_orders(after.books.charged_not_shipped)} charged with guards and never shipped. Somebody must refund "
+            f"{_were(after.books.charged_not_shipped)} charged with guards and never shipped. Somebody must refund "
             "them: no guard does."
         )
     for result in (before, after):
         if result.reasons:
             most = ", ".join(f"{reason} ({times})" for reason, times in result.reasons.most_common(6))
             yield f"Why orders failed {result.title}: {most}."
+
+
+def announce(console: Console, schedule: Schedule, orders: int) -> None:
+    """Say what is about to happen: the seed, and the trouble that it makes, as a strip of time for each service."""
+    text = f"resilient demo: {orders} orders over {schedule.seconds:g} s, seed {schedule.seed}, on {LOOPBACK} only"
+    console.print(text, soft_wrap=True)
+    for service in SERVICES:
+        console.print(f"  {service:<12}  {strip(schedule, service)}", markup=False, soft_wrap=True)
+    console.print(f"  {'':<12}  E errors  S slow  H hang  R refuse  X crash", soft_wrap=True)
+
+
+def strip(schedule: Schedule, service: str) -> str:
+    """The run of one service as `STRIP` letters, one for what happens in the middle of each part of it."""
+    letters = {"errors": "E", "slow": "S", "hang": "H", "refuse": "R", "crash": "X"}
+    middles = ((place + 0.5) * schedule.seconds / STRIP for place in range(STRIP))
+    episodes = (schedule.of(service, middle) for middle in middles)
+    return "".join(letters[episode.kind] if episode else "." for episode in episodes)
 
 
 def draw(console: Console, schedule: Schedule, before: Result, after: Result) -> None:
@@ -97,7 +117,9 @@ def draw(console: Console, schedule: Schedule, before: Result, after: Result) ->
         table.add_row(Text(heading if not left else f"  {heading}", style="" if left else "italic"), left, right)
     console.print(table)
     console.print(Text("What the guards did", style="bold"))
+    console.print()
     console.print(_by_service(after))
+    console.print()
     for note in notes(before, after):
         console.print(f"- {note}", markup=False)
     console.print(
@@ -108,7 +130,7 @@ def draw(console: Console, schedule: Schedule, before: Result, after: Result) ->
 
 
 def _by_service(result: Result) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("service", no_wrap=True)
     columns = ("sent", "retries", "refused", "timeouts", "hedges", "opened", "fallbacks", "gave_up")
     for heading in columns:
@@ -164,4 +186,8 @@ def _seconds(value: float | None) -> str:
 
 
 def _orders(count: int) -> str:
-    return "1 order was" if count == 1 else f"{count} orders were"
+    return "1 order" if count == 1 else f"{count} orders"
+
+
+def _were(count: int) -> str:
+    return f"{_orders(count)} {'was' if count == 1 else 'were'}"

@@ -24,9 +24,8 @@ from resilient.clock import SystemClock
 from resilient.demo.client import Calls, Shop, bare, guards, open_http, place
 from resilient.demo.numbers import Books, Progress, Result
 from resilient.demo.orders import Order, OrdersError, read
-from resilient.demo.report import as_data, draw, kept
+from resilient.demo.report import announce, as_data, draw, kept
 from resilient.demo.schedule import SERVICES, Schedule
-from resilient.demo.services import LOOPBACK
 from resilient.demo.supervisor import ServiceFailed, Services
 from resilient.demo.view import Scene, View, view_for
 
@@ -137,7 +136,7 @@ async def compare(orders: Sequence[Order], schedule: Schedule, view: View) -> tu
 
 def main(*, quick: bool, seed: int, plain: bool, path: Path, json_path: Path | None, out: Console | None = None) -> int:
     """Run the demo and print its report: 0 if the guards kept their promise, 1 if not, 2 if it could not run."""
-    console = out or Console(highlight=False, **({"no_color": True} if plain else {}))
+    console = out or Console(highlight=False, no_color=True if plain else None)
     complain: Callable[[str], object] = lambda text: print(f"resilient demo: {text}", file=sys.stderr)  # noqa: E731
     seconds, most = QUICK if quick else FULL
     try:
@@ -145,11 +144,7 @@ def main(*, quick: bool, seed: int, plain: bool, path: Path, json_path: Path | N
         if json_path is not None:
             json_path.touch()  # better to learn now than in a minute that it cannot be written
         schedule = Schedule(seed, seconds)
-        console.print(
-            f"resilient demo: {len(orders)} orders over {seconds:g} s, seed {seed}, {len(schedule.episodes)} episodes "
-            f"of trouble, on {LOOPBACK} only",
-            soft_wrap=True,
-        )
+        announce(console, schedule, len(orders))
         before, after = asyncio.run(compare(orders, schedule, view_for(console, plain)))
         draw(console, schedule, before, after)
         if json_path is not None:

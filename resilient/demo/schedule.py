@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 __all__ = ["SERVICES", "Episode", "Fate", "Kind", "Schedule"]
 
-SERVICES = ("inventory", "payment", "shipping", "notification")
+SERVICES: tuple[str, ...] = ("inventory", "payment", "shipping", "notification")
 Kind: TypeAlias = Literal["errors", "slow", "hang", "refuse", "crash"]
 TROUBLES: tuple[Kind, ...] = ("errors", "slow", "hang", "refuse")
 
@@ -68,7 +68,7 @@ class Schedule:
         victim = rng.choice(SERVICES)
         episodes: list[Episode] = []
         for service in SERVICES:
-            kinds = [*TROUBLES, "crash"] if service == victim else [*TROUBLES]
+            kinds: list[Kind] = [*TROUBLES, "crash"] if service == victim else [*TROUBLES]
             rng.shuffle(kinds)
             # The first tenth of the run is calm, and the last, so that the recovery can be seen.
             slot = 0.8 * self.seconds / len(kinds)

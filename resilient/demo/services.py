@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -141,14 +141,18 @@ def bound(port: int) -> socket.socket:
 
 
 def serve(
-    service: Service, port: int, orders: Iterable[str], say: Callable[[str], object], leave: Callable[[int], object]
+    service: Service,
+    port: int,
+    orders: Iterable[str],
+    ready: Callable[[uvicorn.Server], object],
+    leave: Callable[[int], object],
 ) -> None:
     """Serve on `port` until `orders` (the lines of standard input) end; `leave` is how a process exits on the spot."""
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
-            say("ready")
+            ready(self)
 
     config = uvicorn.Config(service.app, log_level="error", lifespan="off", timeout_keep_alive=600)
     server = Server(config)
@@ -174,7 +178,7 @@ def main(arguments: list[str]) -> None:
     name, port, seed, seconds, path = arguments
     service = Service(name, Schedule(int(seed), float(seconds)), Ledger(Path(path)), SystemClock())
 
-    def say(word: str) -> Any:
-        print(word, flush=True)
+    def ready(server: object) -> None:
+        print("ready", flush=True)
 
-    serve(service, int(port), sys.stdin, say, os._exit)
+    serve(service, int(port), sys.stdin, ready, os._exit)

@@ -121,7 +121,7 @@ class Board:
         head.add_row(Text(progress.title, style="bold"), f"{progress.elapsed:.1f} s")
         bar = Table.grid(padding=(0, 2))
         bar.add_row(
-            ProgressBar(total=progress.total, completed=ended, width=24),
+            ProgressBar(total=progress.total, completed=ended, width=24, complete_style="cyan", finished_style="green"),
             f"{ended}/{progress.total} orders",
             Text(f"{progress.done} done", style="green"),
             Text(f"{ended - progress.done} failed", style="red" if ended > progress.done else ""),
@@ -133,11 +133,11 @@ class Board:
         return Group(head, bar, Text(), self._table(), Text(), *news, *[Text()] * (_NEWS - len(news)))
 
     def _table(self) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
         table.add_column("service", width=12)
         table.add_column("trouble", width=7)
         table.add_column("breaker", width=9)
-        for heading in ("sent", "failed", "retried", "refused", "timed out", "hedged"):
+        for heading in ("sent", "failed", "retried", "refused", "timeouts", "hedged"):
             table.add_column(heading, justify="right", no_wrap=True)
         for service in SERVICES:
             tally, trouble, state = (

@@ -1,0 +1,893 @@
+"""The demo: what it reads, what it deals, what its services do, what its client counts, what its report says."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from decimal import Decimal
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from rich.console import Console
+
+from resilient import CallTimeout, RateLimited
+from resilient.clock import SystemClock
+from resilient.demo import report, services, supervisor
+from resilient.demo import run as run_module
+from resilient.demo.client import Calls, Shop, bare, broken, open_http, place, transient
+from resilient.demo.numbers import Books, Outcome, Progress, Result, Tally, quantile
+from resilient.demo.orders import BUNDLED, FIELDS, Order, OrdersError, parse, read
+from resilient.demo.run import compare, main
+from resilient.demo.schedule import SERVICES, Episode, Fate, Schedule
+from resilient.demo.services import CRASHED, Ledger, Service, bound, serve
+from resilient.demo.supervisor import ServiceFailed, Services
+from resilient.demo.view import Board, Lines, Scene, view_for
+from resilient.events import (
+    BreakerChanged,
+    CallEnded,
+    FellBack,
+    GaveUp,
+    Hedged,
+    Refused,
+    Retrying,
+    TimedOut,
+)
+from resilient.testing import FakeClock
+from tests import make_orders
+
+ORDER = Order("R-1", "Ada", "a@example.org", "1 Oak Row, 8000 Ghent", "BE", "BOK-1", "A novel", 2, Decimal("14.99"))
+HEAD = ",".join(FIELDS)
+ROW = "R-1,Ada,a@example.org,1 Oak Row,8000,Ghent,BE,BOK-1,A novel,2,14.99"
+
+
+# -- orders ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_orders_that_come_along_are_many_and_varied() -> None:
+    orders = read(BUNDLED)
+    assert len(orders) >= 500
+    assert len({order.sku for order in orders}) > 50
+    assert len({order.address for order in orders}) > 500
+    assert len({order.total for order in orders}) > 100
+    assert {order.email.partition("@")[2] for order in orders} == {"example.org"}
+    assert BUNDLED.read_text(encoding="utf-8") == make_orders.orders()
+
+
+def test_an_order_is_read_with_exact_prices() -> None:
+    assert parse([HEAD, ROW, ""], "f") == [ORDER]
+    assert ORDER.total == Decimal("29.98")
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (ROW + ",x", "12 fields in place of 11"),
+        (ROW.replace("Ada", " "), "customer is empty"),
+        (ROW.replace("R-1", "R/1"), "order_id must be of letters, digits and hyphens, not 'R/1'"),
+        (ROW.replace(",2,", ",two,"), "quantity must be a whole number above 0, not 'two'"),
+        (ROW.replace(",2,", ",0,"), "quantity must be a whole number above 0, not '0'"),
+        (ROW.replace("14.99", "-1"), "price must be a number above 0 with at most two decimals, not '-1'"),
+        (ROW.replace("14.99", "1.001"), "price must be a number above 0 with at most two decimals, not '1.001'"),
+        (ROW.replace("14.99", "NaN"), "price must be a number above 0 with at most two decimals, not 'NaN'"),
+        (ROW.replace("14.99", "Infinity"), "price must be a number above 0 with at most two decimals, not 'Infinity'"),
+        (ROW.replace("14.99", "free"), "price must be a number above 0 with at most two decimals, not 'free'"),
+        (ROW.replace("Ada", '"Ada'), "unexpected end of data"),
+        ("R-0" + ROW[3:], "order_id 'R-0' is there twice"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(row: str, fault: str) -> None:
+    with pytest.raises(OrdersError) as caught:
+        parse([HEAD, "R-0" + ROW[3:], row], "orders.csv")
+    assert str(caught.value) == f"orders.csv, line 3: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", f", line 1: the first line must be {HEAD}"),
+        (b"a,b\n", f", line 1: the first line must be {HEAD}"),
+        (HEAD.encode(), ": there is no order in it"),
+        (b"\xff\xff", ": not UTF-8 (invalid start byte at byte 0)"),
+        (None, ": No such file or directory"),
+    ],
+)
+def test_a_file_that_holds_no_orders_says_so(tmp_path: Path, content: bytes | None, fault: str) -> None:
+    path = tmp_path / "orders.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(OrdersError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}{fault}"
+
+
+def test_a_byte_order_mark_and_foreign_line_ends_are_no_matter(tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_bytes(f"\ufeff{HEAD}\r\n{ROW}\r\n".encode())
+    assert read(path) == [ORDER]
+
+
+# -- the schedule ----------------------------------------------------------------------------------------------------
+
+
+def test_equal_seeds_make_equal_schedules_and_others_do_not() -> None:
+    assert Schedule(7, 24).episodes == Schedule(7, 24).episodes
+    assert Schedule(7, 24).episodes != Schedule(8, 24).episodes
+    fates = [Schedule(7, 24).fate("payment", 9.0, f"R-{order}", 0) for order in range(50)]
+    assert fates == [Schedule(7, 24).fate("payment", 9.0, f"R-{order}", 0) for order in range(50)]
+    assert len(set(fates)) > 40
+
+
+def test_the_schedule_does_not_change_between_processes_and_versions() -> None:
+    assert Schedule(1, 24).episodes[0] == Episode("shipping", "hang", 2.438, 4.942, 0.592)
+    assert Schedule(1, 24).fate("payment", 0.0, "R-2601", 0) == Fate(200, pytest.approx(0.05155, abs=1e-5))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_kind_of_trouble_comes_and_one_crash(seed: int) -> None:
+    schedule = Schedule(seed, 24.0)
+    kinds = Counter((episode.service, episode.kind) for episode in schedule.episodes)
+    assert set(kinds.values()) == {1}
+    assert all(kinds[service, kind] for service in SERVICES for kind in ("errors", "slow", "hang", "refuse"))
+    assert sum(schedule.crash(service) is not None for service in SERVICES) == 1
+    for service in SERVICES:
+        mine = [episode for episode in schedule.episodes if episode.service == service]
+        assert mine[0].start >= 2.4 and mine[-1].end <= 22.0
+        assert all(earlier.end <= later.start for earlier, later in zip(mine, mine[1:], strict=False))
+        assert schedule.of(service, 0.0) is None
+        assert schedule.of(service, mine[0].start) == mine[0]
+        assert schedule.of(service, mine[0].end) != mine[0]
+
+
+def fates_of(kind: str) -> list[Fate]:
+    schedule = Schedule(1, 24.0)
+    episode = next(episode for episode in schedule.episodes if episode.kind == kind)
+    middle = (episode.start + episode.end) / 2
+    return [schedule.fate(episode.service, middle, f"R-{order}", 0) for order in range(200)]
+
+
+def test_each_kind_of_trouble_shows_in_the_fates() -> None:
+    assert sum(fate.status == 500 for fate in fates_of("errors")) > 50
+    assert {fate.works for fate in fates_of("errors") if fate.status == 500} == {True, False}
+    assert sum(fate.delay > 1.0 for fate in fates_of("slow")) > 50
+    assert sum(fate.hangs for fate in fates_of("hang")) > 50
+    assert {(fate.status, fate.as_date, fate.works) for fate in fates_of("refuse")} == {
+        (status, as_date, False) for status in (429, 503) for as_date in (True, False)
+    }
+    assert all(fate.retry_after in (1, 2) for fate in fates_of("refuse"))
+    quiet = [Schedule(1, 24.0).fate("payment", 0.0, f"R-{order}", 0) for order in range(1000)]
+    assert {fate.status for fate in quiet} == {200, 500}
+    assert 0 < sum(fate.status == 500 for fate in quiet) < 30
+    assert 0 < sum(fate.delay > 0.25 for fate in quiet) < 50
+
+
+def test_patience_is_five_seconds_and_less_in_short_runs() -> None:
+    assert [Schedule(1, seconds).patience for seconds in (0.1, 3.2, 24.0)] == [0.2, 0.8, 5.0]
+
+
+# -- the services ----------------------------------------------------------------------------------------------------
+
+
+class Dealt(Schedule):
+    """A schedule that deals the fates it is given."""
+
+    def __init__(self, *fates: Fate) -> None:
+        super().__init__(1, 24.0)
+        self.fates = list(fates)
+        self.asked: list[tuple[str, float, str, int]] = []
+
+    def fate(self, service: str, elapsed: float, order: str, before: int) -> Fate:
+        self.asked.append((service, elapsed, order, before))
+        return self.fates.pop(0)
+
+
+FINE = Fate(200, 0.05)
+
+
+class Desk:
+    """A service in this process, asked without a network, by a clock that jumps."""
+
+    def __init__(self, path: Path, name: str, *fates: Fate) -> None:
+        self.clock = FakeClock()
+        self.schedule = Dealt(*fates)
+        self.ledger = Ledger(path)
+        self.service = Service(name, self.schedule, self.ledger, self.clock)
+
+    def ask(self, *requests: tuple[str, str, dict[str, str]]) -> list[httpx.Response]:
+        async def asking() -> list[httpx.Response]:
+            transport = httpx.ASGITransport(self.service.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+                return [await http.request(method, path, headers=headers) for method, path, headers in requests]
+
+        try:
+            return asyncio.run(asking())
+        finally:
+            self.ledger.close()
+
+
+def test_a_service_answers_and_writes_down_what_it_did(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "l", "inventory", FINE, Fate(500, 0.1), Fate(500, 0.1, works=False))
+    desk.service.began = -3.0
+    answers = desk.ask(*[("GET", "/orders/R-1", {})] * 3, ("GET", "/ledger", {}))
+    assert [answer.status_code for answer in answers] == [200, 500, 500, 200]
+    assert answers[0].json() == {"order": "R-1", "service": "inventory"}
+    assert answers[3].json() == {"received": {"R-1": 3}, "done": {"R-1": 2}}
+    assert desk.clock.slept == [0.05, 0.1, 0.1]
+    assert [(order, before) for _, _, order, before in desk.schedule.asked] == [("R-1", 0), ("R-1", 1), ("R-1", 2)]
+    assert desk.schedule.asked[0][1] == 3.0
+
+
+def test_before_the_run_begins_all_is_calm(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "l", "inventory")
+    assert desk.service.elapsed() == -1.0
+    desk.ledger.close()
+
+
+def test_refusals_say_when_to_come_again_in_seconds_and_as_a_date(tmp_path: Path) -> None:
+    refusals = (
+        Fate(429, 0.0, works=False, retry_after=2),
+        Fate(503, 0.0, works=False, retry_after=2, as_date=True),
+    )
+    desk = Desk(tmp_path / "l", "payment", *refusals)
+    seconds, date = desk.ask(*[("POST", "/orders/R-1", {})] * 2)
+    assert (seconds.status_code, seconds.headers["retry-after"]) == (429, "2")
+    assert date.status_code == 503
+    assert parsedate_to_datetime(date.headers["retry-after"]).timestamp() == 1_700_000_003
+    assert not desk.ledger.done
+
+
+def test_a_hang_may_have_done_the_work(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "l", "payment", Fate(200, 0.05, hangs=True))
+    desk.ask(("POST", "/orders/R-1", {}))
+    assert desk.clock.slept == [services.HANG]
+    assert desk.ledger.done == {"R-1": 1}
+
+
+def test_payment_keeps_keys_until_it_crashes_and_shipping_ships_once(tmp_path: Path) -> None:
+    key = {"idempotency-key": "charge-R-1"}
+    pay = Desk(tmp_path / "payment", "payment", FINE, FINE)
+    pay.ask(*[("POST", "/orders/R-1", key)] * 2)
+    assert (pay.ledger.received, pay.ledger.done) == ({"R-1": 2}, {"R-1": 1})
+    again = Desk(tmp_path / "payment", "payment", FINE)
+    again.ask(("POST", "/orders/R-1", key))
+    assert (again.ledger.received, again.ledger.done) == ({"R-1": 3}, {"R-1": 2})
+    assert again.schedule.asked[0][3] == 2
+    ship = Desk(tmp_path / "shipping", "shipping", FINE, FINE)
+    ship.ask(*[("PUT", "/orders/R-1", {})] * 2)
+    assert ship.ledger.done == {"R-1": 1}
+
+
+class Process:
+    """`serve` in a thread, with an input that the test writes and an exit that the test sees."""
+
+    def __init__(self, service: Service, port: int) -> None:
+        self.codes: list[int] = []
+        self.left, self.ended, self.running = threading.Event(), threading.Event(), threading.Event()
+        self.service, self.port = service, port
+        self.thread = threading.Thread(target=self.serve)
+
+    def serve(self) -> None:
+        serve(self.service, self.port, self.lines(), self.ready, self.leave)
+
+    def lines(self) -> Iterator[str]:
+        yield f"begin {self.service.clock.now()!r}\n"
+        assert self.ended.wait(30)
+
+    def ready(self, server: uvicorn.Server) -> None:
+        self.server = server
+        self.running.set()
+
+    def leave(self, code: int) -> None:
+        self.codes.append(code)
+        self.left.set()
+
+
+@pytest.mark.parametrize("crash", [None, Episode("payment", "crash", 1.0, 2.0, 1.0)])
+def test_a_service_serves_real_http_until_its_input_ends(
+    tmp_path: Path, crash: Episode | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "l")
+    schedule = Dealt(Fate(200, 0.0))
+    schedule.episodes = () if crash is None else (crash,)
+    clock = FakeClock()
+    with bound(0) as keeper:
+        port = keeper.getsockname()[1]
+        process = Process(Service("payment", schedule, ledger, clock), port)
+        process.thread.start()
+        try:
+            assert process.running.wait(30)
+            with httpx.Client(trust_env=False) as http:
+                assert http.post(f"http://127.0.0.1:{port}/orders/R-1").status_code == 200
+            if crash is not None:
+                assert process.left.wait(30)
+                assert (process.codes, clock.slept) == ([CRASHED], [1.0])
+                process.left.clear()
+            process.ended.set()
+            assert process.left.wait(30)
+            assert process.codes[-1] == 0
+        finally:
+            process.ended.set()
+            process.server.should_exit = True
+            process.thread.join(30)
+    ledger.close()
+
+
+def test_a_restarted_service_does_not_crash_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    schedule = Dealt()
+    schedule.episodes = (Episode("payment", "crash", 1.0, 2.0, 1.0),)
+    clock = FakeClock(start=100.0)
+    process = Process(Service("payment", schedule, ledger, clock), 0)
+    process.lines = lambda: iter(["begin 98.0\n"])  # type: ignore[method-assign]
+    process.thread.start()
+    try:
+        assert process.running.wait(30)
+        assert process.left.wait(30)
+        assert process.codes == [0]
+    finally:
+        process.server.should_exit = True
+        process.thread.join(30)
+    ledger.close()
+
+
+def test_the_child_reads_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(service: Service, port: int, orders: object, ready: Callable[[object], object], leave: object) -> None:
+        assert (service.name, port, orders, leave) == ("shipping", 8080, sys.stdin, os._exit)
+        assert service.schedule.episodes == Schedule(4, 2.5).episodes
+        ready(None)
+        service.ledger.close()
+
+    monkeypatch.setattr(services, "serve", fake)
+    services.main(["shipping", "8080", "4", "2.5", str(tmp_path / "l")])
+    assert capsys.readouterr().out == "ready\n"
+
+
+def test_a_port_in_use_is_refused_and_the_socket_closed() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(OSError, match="Address already in use"):
+            bound(taken.getsockname()[1])
+
+
+# -- the processes ---------------------------------------------------------------------------------------------------
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("exit 1", "the {} service did not start: it said nothing"),
+        ("echo no such module >&2; exit 1", "the {} service did not start: no such module"),
+        ("exec cat", "the {} service did not start: it said nothing"),
+    ],
+)
+def test_a_service_that_does_not_start_is_named_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, fault: str
+) -> None:
+    monkeypatch.setattr(supervisor.sys, "executable", script(tmp_path / "python", text))
+    monkeypatch.setattr(supervisor, "START_WITHIN", 0.05 if "cat" in text else 30.0)
+    monkeypatch.setattr(supervisor.tempfile, "tempdir", str(tmp_path))
+
+    async def start() -> None:
+        async with Services(Schedule(1, 1.0)):
+            raise AssertionError("unreachable")
+
+    with pytest.raises(ServiceFailed) as caught:
+        asyncio.run(start())
+    assert str(caught.value) in {fault.format(name) for name in SERVICES}
+    assert [path.name for path in tmp_path.iterdir()] == ["python"]
+
+
+PARENT = """
+import asyncio, sys
+from resilient.demo.schedule import Schedule
+from resilient.demo.supervisor import Services
+
+async def main():
+    async with Services(Schedule(1, 60.0)) as services:
+        print(*(child.pid for child in services._children.values()), flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+def test_children_end_with_a_parent_that_was_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        ends = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.send_signal(signal.SIGKILL)
+    assert len(ends) == 4
+    for end in ends:
+        assert select.select([end], [], [], 30)[0], "an orphan is left"
+        os.close(end)
+
+
+# -- the client ------------------------------------------------------------------------------------------------------
+
+
+def sold(handler: Callable[[httpx.Request], httpx.Response]) -> tuple[Outcome, dict[str, Tally], list[httpx.Request]]:
+    """How one order went, bare, with a server that answers by `handler`."""
+    tallies = {service: Tally() for service in SERVICES}
+    requests: list[httpx.Request] = []
+
+    def seen(request: httpx.Request) -> httpx.Response:
+        requests.append(request)
+        return handler(request)
+
+    async def main() -> Outcome:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(seen)) as http:
+            calls = Calls(http, {service: f"http://{service}" for service in SERVICES}, tallies)
+            return await place(ORDER, bare(calls), FakeClock(start=5.0), due=3.0)
+
+    return asyncio.run(main()), tallies, requests
+
+
+def test_an_order_asks_all_four_services() -> None:
+    outcome, tallies, requests = sold(lambda request: httpx.Response(200))
+    assert outcome == Outcome("R-1", 2.0)
+    assert [(r.method, r.url.host, r.url.path) for r in requests] == [
+        ("GET", "inventory", "/orders/R-1"),
+        ("POST", "payment", "/orders/R-1"),
+        ("PUT", "shipping", "/orders/R-1"),
+        ("POST", "notification", "/orders/R-1"),
+    ]
+    assert requests[1].headers["idempotency-key"] == "charge-R-1"
+    assert json.loads(requests[1].content) == {"amount": "29.98", "currency": "EUR"}
+    assert all((tally.sent, tally.answered, tally.failed) == (1, 1, 0) for tally in tallies.values())
+
+
+def test_an_order_ends_at_the_first_step_that_fails() -> None:
+    outcome, tallies, _ = sold(lambda request: httpx.Response(500 if request.url.host == "shipping" else 200))
+    assert outcome == Outcome("R-1", 2.0, "shipping", "HTTP 500")
+    assert [tally.sent for tally in tallies.values()] == [1, 1, 1, 0]
+    assert tallies["shipping"].failed == 1
+
+
+def test_an_order_whose_customer_was_not_told_is_done() -> None:
+    def deaf(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "notification":
+            raise httpx.ReadTimeout("", request=request)
+        return httpx.Response(200)
+
+    outcome, _, _ = sold(deaf)
+    assert outcome == Outcome("R-1", 2.0, None, "ReadTimeout", told=False)
+
+
+def failure(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("GET", "http://x")
+    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status, request=request))
+
+
+def test_what_is_tried_again_and_what_breaks_a_circuit() -> None:
+    assert [transient(failure(status)) for status in (429, 500, 503, 400, 402)] == [True, True, True, False, False]
+    assert [broken(failure(status)) for status in (429, 500, 503, 400)] == [False, True, True, False]
+    for error in (httpx.ConnectError(""), CallTimeout("x", 1.0)):
+        assert transient(error)
+        assert broken(error)
+    assert transient(RateLimited("x"))
+    assert not broken(RateLimited("x"))
+    assert not transient(KeyError())
+
+
+def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://192.0.2.1:3128")
+    http = open_http(5.0)
+    assert http._mounts == {}
+    assert http.timeout == httpx.Timeout(5.0)
+    asyncio.run(http.aclose())
+
+
+# -- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_events_are_counted_by_service() -> None:
+    now = [10.0]
+    progress = Progress("with guards", 3, lambda: now[0], began=8.0)
+    error = ValueError()
+    for event in (
+        Retrying("payment", 1, 0.1, error),
+        Refused("payment", error),
+        TimedOut("payment", 1.0),
+        Hedged("payment", 2, 0.1),
+        FellBack("payment", error),
+        GaveUp("payment", 3, 1.0, error),
+        BreakerChanged("payment", "closed", "open", "5 failures in a row"),
+        BreakerChanged("payment", "open", "half-open", "its time is up"),
+        CallEnded("payment", 1.0, None),
+    ):
+        progress(event)
+    assert progress.tallies["payment"] == Tally(0, 0, 0, 1, 1, 1, 1, 1, 1, 1)
+    assert progress.tallies["shipping"] == Tally()
+    assert progress.news[0] == (2.0, "payment breaker closed -> open: 5 failures in a row")
+    progress.outcomes += [Outcome("a", 1.0), Outcome("b", 1.0, "payment", "HTTP 500")]
+    assert progress.done == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "q", "value"),
+    [([], 0.5, None), ([3.0], 0.99, 3.0), ([4.0, 1.0, 3.0, 2.0], 0.5, 2.0), (list(range(1, 201)), 0.99, 198)],
+)
+def test_a_quantile_is_one_of_the_values(values: list[float], q: float, value: float | None) -> None:
+    assert quantile(values, q) == value
+
+
+def made(
+    title: str, *outcomes: Outcome, charged: Counter[str] | None = None, shipped: str = "", sent: int = 4
+) -> Result:
+    tallies = {service: Tally() for service in SERVICES}
+    tallies["payment"].sent = sent
+    books = Books(dict.fromkeys(SERVICES, 2), charged or Counter(), Counter(shipped))
+    return Result(title, outcomes, tallies, books, 1.5, 1)
+
+
+BEFORE = made(
+    "without guards",
+    Outcome("a", 1.0),
+    Outcome("b", 0.2, "payment", "HTTP 500"),
+    Outcome("c", 0.3, "shipping", "ReadTimeout"),
+    charged=Counter("abc"),
+    shipped="ac",
+)
+AFTER = made(
+    "with guards",
+    Outcome("a", 1.0),
+    Outcome("b", 3.0, told=False),
+    Outcome("c", 0.3, "shipping", "BreakerOpen"),
+    charged=Counter("aabc"),
+    shipped="ab",
+    sent=6,
+)
+
+
+def test_the_ledgers_tell_what_the_client_cannot_know() -> None:
+    assert (BEFORE.books.charged_twice, AFTER.books.charged_twice) == (0, 1)
+    assert (BEFORE.books.charged_not_shipped, AFTER.books.charged_not_shipped) == (1, 1)
+    assert (BEFORE.books.unnoticed(BEFORE.outcomes), AFTER.books.unnoticed(AFTER.outcomes)) == (1, 0)
+
+
+def test_the_report_has_a_row_for_each_number() -> None:
+    assert dict(report.rows(AFTER)) == {
+        "the client says": "",
+        "orders done": "2 of 3 (66.7 %)",
+        "orders failed": "1",
+        "p50, of orders done": "1.00 s",
+        "p99, of orders done": "3.00 s",
+        "calls sent": "6 (2.00 an order)",
+        "wall time": "1.5 s",
+        "customers not told": "1",
+        "messages in the outbox": "1",
+        "the services' ledgers say": "",
+        "requests received": "8",
+        "orders charged": "3",
+        "charged twice": "1",
+        "charged, never shipped": "1",
+        "done, but the client says failed": "0",
+    }
+    assert dict(report.rows(made("x", Outcome("a", 1.0, "payment", "HTTP 500"))))["p50, of orders done"] == "-"
+
+
+def test_the_notes_are_honest() -> None:
+    notes = list(report.notes(BEFORE, AFTER))
+    assert notes[0] == "The guards completed 1 order more (+100 %)."
+    assert notes[1].startswith("They sent 2 calls more (+50 %).")
+    assert notes[2].startswith("Their p99 is 2.00 s longer")
+    assert notes[3].startswith("1 order was charged twice with guards")
+    assert notes[4].startswith("1 order was charged with guards and never shipped")
+    assert notes[5:] == [
+        "Why orders failed without guards: payment: HTTP 500 (1), shipping: ReadTimeout (1).",
+        "Why orders failed with guards: shipping: BreakerOpen (1).",
+    ]
+    worse = list(report.notes(AFTER, BEFORE))
+    assert worse[0] == "The guards did not keep their promise: 1 order done, and 2 orders done without them."
+    assert worse[1].startswith("They sent 2 calls fewer (-33 %).")
+    none = made("without guards", Outcome("a", 1.0, "payment", "HTTP 500"), sent=0)
+    assert list(report.notes(none, AFTER))[:2] == [
+        "The guards completed 2 orders more (from none).",
+        "They sent 6 calls more (from none). Some are retries and hedges; others are the later steps of orders that "
+        "would have failed before.",
+    ]
+    fine = made("without guards", Outcome("a", 1.0))
+    assert next(report.notes(fine, fine)) == "Both runs completed every order: the guards had nothing to save."
+
+
+def test_the_promise_is_more_orders_or_all() -> None:
+    fine = made("", Outcome("a", 1.0))
+    lost = made("", Outcome("a", 1.0, "payment", "HTTP 500"))
+    assert [report.kept(*pair) for pair in ((lost, fine), (fine, fine), (fine, lost), (lost, lost))] == [
+        *(True, True, False, False)
+    ]
+
+
+def test_the_report_fits_eighty_columns_and_is_plain_data_too() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    schedule = Schedule(3, 24.0)
+    report.announce(console, schedule, 600)
+    report.draw(console, schedule, BEFORE, AFTER)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "seed 3, on 127.0.0.1 only" in text
+    assert "notification" in text
+    assert "…" not in text
+    assert "2 of 3 (66.7 %)" in text
+    data = json.loads(json.dumps(report.as_data(schedule, BEFORE, AFTER)))
+    assert (data["seed"], data["promise_kept"], len(data["episodes"])) == (3, True, 17)
+    assert data["with_guards"]["charged_twice"] == 1
+    assert data["without_guards"]["failed"] == {"payment: HTTP 500": 1, "shipping: ReadTimeout": 1}
+
+
+def test_the_strip_of_time_shows_each_trouble() -> None:
+    schedule = Schedule(1, 60.0)
+    schedule.episodes = (Episode("payment", "hang", 2.0, 4.0, 1.0), Episode("payment", "crash", 58.0, 60.0, 1.0))
+    assert report.strip(schedule, "payment") == "..HH" + "." * 54 + "XX"
+    assert report.strip(schedule, "shipping") == "." * 60
+
+
+# -- the view --------------------------------------------------------------------------------------------------------
+
+
+def scene(now: list[float]) -> Scene:
+    progress = Progress("with guards", 4, lambda: now[0])
+    return Scene(progress, lambda service: "hang" if service == "payment" else "", lambda service: "open")
+
+
+def text_of(console: Console) -> str:
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def test_lines_where_nobody_looks_at_a_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    now = [1.0]
+    shown = scene(now)
+    view = view_for(console, plain=False)
+    assert isinstance(view, Lines)
+    view.begin(shown)
+    shown.progress.tell("payment [x] is gone")
+    view.tick()
+    now[0] = 2.5
+    shown.progress.outcomes.append(Outcome("a", 1.0))
+    shown.progress.tallies["payment"].retries = 3
+    view.tick()
+    view.tick()
+    view.end()
+    assert text_of(console).splitlines() == [
+        "-- with guards: 4 orders",
+        "   1.0 s  payment [x] is gone",
+        "   2.5 s  1/4 orders: 1 done, 0 failed, 0 in flight; 0 calls, 3 retries, 0 refused",
+        "   2.5 s  1/4 orders: 1 done, 0 failed, 0 in flight; 0 calls, 3 retries, 0 refused",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_board_on_a_terminal(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor")
+    view = view_for(console, plain=False)
+    assert isinstance(view, Board)
+    shown = scene([1.0])
+    shown.progress.tallies["payment"].sent = 17
+    view.begin(shown)
+    for number in range(9):
+        shown.progress.tell(f"news {number} " + "x" * 100)
+    shown.progress.outcomes.append(Outcome("a", 1.0, "payment", "HTTP 500"))
+    view.tick()
+    view.end()
+    still = Console(file=io.StringIO(), width=width)
+    still.print(view.draw())
+    text = text_of(still)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "1/4 orders" in text
+    assert "hang" in text
+    assert "17" in text
+    assert "news 8" in text
+    assert "news 2" not in text
+    if width >= 80:
+        assert "timeouts" in text
+    assert "\x1b[?25h" in text_of(console), "the cursor is back"
+
+
+def test_plain_is_plain_on_a_terminal_too() -> None:
+    assert isinstance(view_for(Console(force_terminal=True), plain=True), Lines)
+
+
+# -- from end to end -------------------------------------------------------------------------------------------------
+
+
+class Silent:
+    """A view that remembers what it was told."""
+
+    every = 0.02
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.states: set[tuple[str, str]] = set()
+
+    def begin(self, scene: Scene) -> None:
+        self.scene = scene
+        self.log.append(scene.progress.title)
+
+    def tick(self) -> None:
+        self.states |= {(self.scene.trouble(service), self.scene.breaker(service)) for service in SERVICES}
+
+    def end(self) -> None:
+        self.log.append("end")
+
+
+def free(ports: list[int]) -> bool:
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
+    return True
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Services]:
+    """All `Services` that the code under test makes."""
+    made: list[Services] = []
+
+    class Seen(Services):
+        def __init__(self, schedule: Schedule) -> None:
+            super().__init__(schedule)
+            made.append(self)
+
+    monkeypatch.setattr(run_module, "Services", Seen)
+    return made
+
+
+def assert_gone(started: list[Services]) -> None:
+    for each in started:
+        assert all(child.returncode is not None for child in each._children.values())
+        assert free([int(url.rpartition(":")[2]) for url in each.urls.values()])
+        assert not each._folder.exists()
+
+
+def test_the_whole_demo_with_a_handful_of_orders(started: list[Services]) -> None:
+    orders = read(BUNDLED)[:16]
+    view = Silent()
+    before, after = asyncio.run(compare(orders, Schedule(1, 1.2), view))
+    assert view.log == ["without guards", "end", "with guards", "end"]
+    assert [each.downs["inventory"] for each in started] == [1, 1]
+    for result in (before, after):
+        assert {outcome.order for outcome in result.outcomes} == {order.id for order in orders}
+        assert result.sent == sum(tally.sent for tally in result.tallies.values()) >= 16
+        assert result.books.charged.keys() <= {order.id for order in orders}
+        assert result.done <= len(result.books.shipped)
+        assert result.wall > 0
+    assert before.outbox == sum(tally.retries + tally.hedges + tally.refused for tally in before.tallies.values()) == 0
+    assert sum(tally.retries for tally in after.tallies.values()) > 0
+    assert after.outbox == after.tallies["notification"].fallbacks
+    assert after.untold == 0
+    assert after.done > before.done
+    assert ("down", "") in view.states
+    assert any(state == "closed" for _, state in view.states)
+    assert_gone(started)
+
+
+def interrupted(how: Callable[[], object], started: list[Services]) -> BaseException | None:
+    """What comes of a run that is interrupted in the midst of it."""
+
+    class Impatient(Silent):
+        def tick(self) -> None:
+            if self.scene.progress.outcomes:
+                how()
+
+    def go() -> Coroutine[Any, Any, Any]:
+        return compare(read(BUNDLED)[:50], Schedule(1, 30.0), Impatient())
+
+    try:
+        asyncio.run(go())
+    except BaseException as error:
+        return error
+    return None
+
+
+def test_ctrl_c_ends_everything(started: list[Services]) -> None:
+    error = interrupted(lambda: os.kill(os.getpid(), signal.SIGINT), started)
+    assert isinstance(error, KeyboardInterrupt)
+    assert_gone(started)
+
+
+def test_sigterm_ends_everything(started: list[Services]) -> None:
+    error = interrupted(lambda: os.kill(os.getpid(), signal.SIGTERM), started)
+    assert isinstance(error, asyncio.CancelledError)
+    assert_gone(started)
+
+
+# -- what the command runs -------------------------------------------------------------------------------------------
+
+
+def ran(monkeypatch: pytest.MonkeyPatch, result: object, **changed: Any) -> tuple[int, str]:
+    """The exit code and output of the demo's `main`, where `compare` gives, or raises, `result`."""
+
+    async def fake(orders: object, schedule: Schedule, view: object) -> object:
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    monkeypatch.setattr(run_module, "compare", fake)
+    console = Console(file=io.StringIO(), width=80)
+    settings: dict[str, Any] = {
+        "quick": True,
+        "seed": 3,
+        "plain": True,
+        "path": BUNDLED,
+        "json_path": None,
+        "out": console,
+    }
+    return main(**(settings | changed)), text_of(console)
+
+
+def test_the_exit_code_says_whether_the_promise_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code, text = ran(monkeypatch, (BEFORE, AFTER), json_path=tmp_path / "numbers.json")
+    assert code == 0
+    assert text.startswith("resilient demo: 120 orders over 3.2 s, seed 3, on 127.0.0.1 only")
+    assert json.loads((tmp_path / "numbers.json").read_text())["promise_kept"] is True
+    code, text = ran(monkeypatch, (AFTER, BEFORE), quick=False)
+    assert code == 1
+    assert text.startswith("resilient demo: 600 orders over 24 s, seed 3, on 127.0.0.1 only")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "resilient demo: interrupted; the services are stopped\n"),
+        (asyncio.CancelledError(), 130, "resilient demo: interrupted; the services are stopped\n"),
+        (ServiceFailed("the payment service did not start"), 2, "resilient demo: the payment service did not start\n"),
+    ],
+)
+def test_what_ends_the_demo_early_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    assert ran(monkeypatch, error)[0] == code
+    assert capsys.readouterr().err == said
+
+
+def test_bad_files_are_found_before_anything_is_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.csv"
+    bad.write_text(f"{HEAD}\n{ROW}\n{ROW.replace('14.99', 'x').replace('R-1', 'R-2')}\n")
+    code, text = ran(monkeypatch, AssertionError("unreachable"), path=bad)
+    assert (code, text) == (2, "")
+    assert f"{bad}, line 3: price must be" in capsys.readouterr().err
+    code, text = ran(monkeypatch, AssertionError("unreachable"), json_path=tmp_path / "no" / "such")
+    assert (code, text) == (2, "")
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_the_system_clock_is_what_runs_share() -> None:
+    # The parent tells its children an instant: it must mean the same to each process of this machine.
+    told = subprocess.run(
+        [sys.executable, "-c", "from resilient.clock import SystemClock; print(SystemClock.now())"],
+        capture_output=True,
+        check=True,
+    )
+    assert abs(float(told.stdout) - SystemClock.now()) < 60.0
+
+
+def test_a_shop_has_a_step_for_each_service() -> None:
+    assert tuple(Shop.__dataclass_fields__) == SERVICES
