@@ -93,7 +93,7 @@ types: $(VENV)/.types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet --site-dir site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 mutate: $(VENV)/.mutate
 	$(BIN)/mutmut run $(ARGS)

@@ -18,6 +18,8 @@ import resilient
 
 FILE = Path(__file__).with_name("api.txt")
 ROOT = Path(resilient.__file__).parent
+# What stands behind `()`, `with`, `async with`, `for`, `async for` and `|`.
+SPOKEN = {"__call__", "__enter__", "__aenter__", "__iter__", "__aiter__", "__or__"}
 # Programs, not libraries: nobody imports them.
 PROGRAMS = {"cli", "demo"}
 
@@ -60,7 +62,7 @@ def members(cls: type) -> Iterator[str]:
                 seen.setdefault(name, None)
             seen.update(vars(base))
     for name, value in sorted(seen.items()):
-        if name.startswith("_") and name not in ("__call__", "__enter__", "__aenter__", "__iter__", "__aiter__", "__or__"):
+        if name.startswith("_") and name not in SPOKEN:
             continue
         if isinstance(value, (classmethod, staticmethod)):
             yield f"    {type(value).__name__} {name}{signature(value.__func__)}"
