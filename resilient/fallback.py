@@ -17,7 +17,7 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
 
 from resilient._guard import decorate
 from resilient._stream import Opened, opened_gen, opened_stream
@@ -114,7 +114,6 @@ class Fallback(Policy, Generic[D]):
     def sync(self, call: Call, env: Env) -> Call:
         """Guard a plain function."""
         caught, fits, answer = self._how(self._answer)
-        self._refuse_async()
 
         def fallback(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -253,7 +252,7 @@ async def _aopened(items: Any) -> Opened:
 
     async def each() -> AsyncGenerator[Any, Any]:
         if isinstance(items, AsyncIterable):
-            async for item in items:
+            async for item in cast(Any, items):
                 yield item
         else:
             for item in items:
