@@ -28,6 +28,9 @@ HEAVY = (
 )
 
 
+LIBRARIES = {"aiolimiter", "asyncio", "opentelemetry", "pybreaker", "redis", "tenacity", "trio", "wrapt"}
+
+
 def fresh(code: str) -> list[str]:
     """The lines that `code` prints in an interpreter of its own, in which nobody measures coverage."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
@@ -49,8 +52,8 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 def test_the_pure_policies_load_no_library_and_no_event_loop() -> None:
-    names = "Bulkhead, CircuitBreaker, Fallback, Pipeline, Retry"
-    assert loaded(f"from resilient import {names}") & {"asyncio", "trio", "wrapt", "redis", "opentelemetry"} == set()
+    names = "Bulkhead, Fallback, Pipeline, Retry"
+    assert loaded(f"from resilient import {names}") & LIBRARIES == set()
 
 
 def test_the_probe_would_see_a_heavy_module() -> None:
