@@ -49,15 +49,15 @@ class _Bucket:
         self.rate = rate
         self.burst = float(burst)
         self.room = self.burst - 1.0 + _GRAIN if _ATOMIC else -1.0
-        self.level = 0.0
-        self.last = 0.0
+        self.level: float = 0.0
+        self.last: float = 0.0
         self.lock = RLock()
 
     def at(self, now: float) -> float:
         """The level at `now`."""
         with self.lock:
-            level = self.level - (now - self.last) * self.rate
-        return level if level > 0.0 else 0.0
+            level, last = self.level, self.last
+        return max(0.0, level - max(0.0, now - last) * self.rate)
 
     def reserve(self, now: float, amount: float, patience: float) -> tuple[float, float]:
         """Reserve `amount`, unless that means to wait for more than `patience` seconds.
@@ -65,7 +65,10 @@ class _Bucket:
         The seconds to wait (more than `patience`: nothing is reserved), and the mark to give it back by.
         """
         with self.lock:
-            # No call from the first look to the last store: see _ATOMIC.
+            # No call from the first look to the last store: see _ATOMIC. Another thread may have been here since this
+            # one read the clock.
+            if now < self.last:
+                now = self.last
             level = self.level - (now - self.last) * self.rate
             if level < 0.0:
                 level = 0.0
