@@ -102,20 +102,22 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "__version__",
     "testing",
 ]
-__all__ += _HOME
-__all__.sort()
+__all__ += _HOME  # pyright: ignore[reportUnsupportedDunderAll]
+__all__.sort()  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> object:
-    import importlib
+if not TYPE_CHECKING:
+    # Type checkers would take every name for an object of ours; to them the block above says what there is.
+    def __getattr__(name: str) -> object:
+        import importlib
 
-    if name == "testing":
-        return importlib.import_module("resilient.testing")
-    if name not in _HOME:
-        raise AttributeError(f"module 'resilient' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"resilient.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+        if name == "testing":
+            return importlib.import_module("resilient.testing")
+        if name not in _HOME:
+            raise AttributeError(f"module 'resilient' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"resilient.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

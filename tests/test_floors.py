@@ -15,8 +15,8 @@ ROOT = Path(resilient.__file__).parent
 # What stands on what. A module may import its own floor and those below, in functions too.
 FLOORS: dict[int, str] = {
     0: "errors events clock _types",
-    1: "_ambient _lifecycle _retry_after _window _park _match _guard _stream _order",
-    2: "policy _aio _threads _circuit _trip _verdict _tenacity _pybreaker "
+    1: "_lifecycle _retry_after _window _park _match _guard _stream _order",
+    2: "policy _aio _ambient _threads _circuit _trip _verdict _tenacity _pybreaker "
     "retry breaker bulkhead ratelimit timeout fallback hedge",
     3: "pipeline patching __init__",
     5: "testing cli demo",

@@ -4,6 +4,8 @@ A decorated function keeps its type. `assert_type` says so where it holds, `# ty
 must be errors: both checkers report an ignore that nothing needs.
 """
 
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -46,9 +48,9 @@ def plain(a: int, *, b: str = "") -> float:
 
 
 assert_type(plain(1, b="x"), float)
-plain("1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-plain(1, c="x")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
-plain()  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+plain("1")  # type: ignore[arg-type]
+plain(1, c="x")  # type: ignore[call-arg]
+plain()  # type: ignore[call-arg]
 as_callable: Callable[[int], float] = plain
 
 
@@ -68,7 +70,7 @@ def piped(a: int) -> bytes:
 
 
 assert_type(piped(1), bytes)
-piped("1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+piped("1")  # type: ignore[arg-type]
 
 
 # -- coroutines, generators, async generators --------------------------------------------------------------------------
@@ -110,7 +112,7 @@ async def awaiting() -> None:
     assert_type(await limited(1), str)
     assert_type(await hedged(1), str)
     assert_type(await learned(1), str)
-    await coroutine("1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    await coroutine("1")  # type: ignore[arg-type]
     async for item in stream(3):
         assert_type(item, int)
     for item in generator(3):
@@ -159,8 +161,8 @@ assert_type(Service.outside_class(1), Service)
 assert_type(Service.inside_class(1), Service)
 assert_type(service.outside_static(1), str)
 assert_type(service.inside_static(1), str)
-service.method("1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-Service.inside_class("1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+service.method("1")  # type: ignore[arg-type]
+Service.inside_class("1")  # type: ignore[arg-type]
 
 
 async def awaiting_methods() -> None:
@@ -176,7 +178,7 @@ def maybe(a: int) -> str:
 
 
 assert_type(maybe(1), str | None)
-maybe("1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+maybe("1")  # type: ignore[arg-type]
 
 
 @Fallback(0, on=ConnectionError)
@@ -225,6 +227,6 @@ assert_type(own(1), str)
 
 # -- settings that are wrong -------------------------------------------------------------------------------------------
 
-Retry()  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
-Bulkhead("16")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-Timeout(2.0, sync="sometimes")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+Retry()  # type: ignore[call-arg]
+Bulkhead("16")  # type: ignore[arg-type]
+Timeout(2.0, sync="sometimes")  # type: ignore[arg-type]
