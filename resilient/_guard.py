@@ -44,9 +44,12 @@ class Guarded:
 
 def guarded(fn: object) -> Guarded | None:
     """The marker of `fn`, if `fn` itself is ours: `functools.wraps` of others copies markers outwards."""
-    fn = getattr(fn, "__func__", fn)
-    marker = getattr(fn, "__resilient__", None)
-    return marker if isinstance(marker, Guarded) and marker.wrapper is fn else None
+    # Itself first: the proxy of a bound method shows that method's `__func__` as its own.
+    for face in (fn, getattr(fn, "__func__", None)):
+        marker = getattr(face, "__resilient__", None)
+        if isinstance(marker, Guarded) and marker.wrapper is face:
+            return marker
+    return None
 
 
 def decorate(policies: Sequence[Any], fn: F, env: Env | None = None, *, stacklevel: int = 3) -> F:
@@ -59,7 +62,8 @@ def decorate(policies: Sequence[Any], fn: F, env: Env | None = None, *, stacklev
         raise TypeError(
             f"cannot guard {fn!r}: decorate functions, methods or callable objects (of a class: its methods)"
         )
-    marker = None if isinstance(fn, MethodType) else guarded(fn)
+    # By its type: a proxy of a bound method claims to be one, and is ours to look into.
+    marker = None if type(fn) is MethodType else guarded(fn)
     inside: tuple[Any, ...] = ()
     target: Call = fn
     if marker is not None:

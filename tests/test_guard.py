@@ -251,6 +251,17 @@ def test_a_bound_method_of_a_guarded_method_gets_a_second_guard() -> None:
     assert (outer.log, Sample.log) == (["+o", "-o"], ["+m", "-m"])
 
 
+def test_a_guarded_bound_method_shows_its_policies_and_takes_more() -> None:
+    """Its proxy shows the `__func__` of the method that it guards, which must not hide the marker of the proxy."""
+    inner, outer = Tracer("i"), Tracer("o")
+    guard = inner(Instance(2).__call__)
+    assert resilient.inspect(guard) == (inner,)
+    both = outer(guard)
+    assert resilient.inspect(both) == (outer, inner)
+    assert both(4) == 8
+    assert (outer.log, inner.log) == (["+o", "-o"], ["+i", "-i"])
+
+
 def test_wrapt_and_functools_decorated_functions_are_seen_through() -> None:
     """Functions that others decorated keep their kind; a sync wrapper around a coroutine function does too."""
 
