@@ -353,7 +353,7 @@ def adopt(existing: Any) -> Any:
 def _adopted(existing: tenacity.BaseRetrying) -> Retry:
     policy = Retry(Exception, retry_after=None, name=None)
     policy.on, policy.wait, policy.stop = existing.retry, existing.wait, existing.stop
-    engine = Engine(existing.retry, existing.wait, existing.stop)  # type: ignore[arg-type]
+    engine = Engine(existing.retry, existing.wait, existing.stop)
     hooks = {
         "before": tenacity.before_nothing,
         "after": tenacity.after_nothing,
