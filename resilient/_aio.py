@@ -8,16 +8,18 @@ loop at a time except `Timers`, which keeps the loops of different threads apart
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 from resilient._ambient import of_system
+from resilient._stream import Opened
 from resilient.clock import Clock, Timer, in_trio
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Queue", "Timers", "within"]
+__all__ = ["Queue", "Race", "Timers", "race_trio", "within"]
 
 
 class Queue:
@@ -152,3 +154,220 @@ async def _within_trio(
         finally:
             timer.cancel()
     raise late()
+
+
+class Race:
+    """The attempts of one call under asyncio: the first in the caller's own task, further ones in tasks of their own.
+
+    The caller awaits the first attempt and then hands over: `won(value)` or `lost(error)`. Whoever answers first wins;
+    the others are cancelled and awaited before the caller goes on. An attempt that wins while the first one runs
+    cancels the caller's await, with the same balance of `cancelling()` as a timeout.
+    """
+
+    def __init__(self, task: asyncio.Task[Any], call: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.task, self.call, self.args, self.kwargs = task, call, args, kwargs
+        self.context = copy_context()
+        self.before = task.cancelling()
+        self.begun = 0
+
+    # Set when it comes to a race at all.
+    over = interrupted = extra_won = False
+    value: Any = None
+    error: BaseException | None = None
+    waiter: asyncio.Future[None] | None = None
+    queue: Queue | None = None
+    timer: Timer | None = None
+    extras: set[asyncio.Task[Any]]
+    spare: list[Any]
+
+    def start(self) -> None:
+        """Start another attempt."""
+        if not self.begun:
+            self.extras, self.spare = set(), []
+        self.begun += 1
+        extra = self.task.get_loop().create_task(self._attempt(), context=self.context.copy())
+        self.extras.add(extra)
+        extra.add_done_callback(self._ended)
+
+    async def _attempt(self) -> Any:
+        return await self.call(*self.args, **self.kwargs)
+
+    def _ended(self, extra: asyncio.Task[Any]) -> None:
+        self.extras.discard(extra)
+        error = None if extra.cancelled() else extra.exception()
+        if self.over:
+            if error is None and not extra.cancelled():
+                self.spare.append(extra.result())
+            return
+        if error is not None:
+            if not isinstance(error, Exception):
+                # Whatever is no failure of the call concerns the caller, at once.
+                self.over, self.error = True, error
+            elif self.error is None:
+                self.error = error
+        elif not extra.cancelled():
+            self.over = self.extra_won = True
+            self.value, self.error = extra.result(), None
+        if self.waiter is not None:
+            if (self.over or not self.extras) and not self.waiter.done():
+                self.waiter.set_result(None)
+        elif self.over:
+            self.interrupted = True
+            self.task.cancel()
+
+    async def won(self, value: Any) -> Any:
+        """The first attempt answered: settle, and return what the caller gets."""
+        if self.interrupted:
+            self.task.uncancel()
+        if self.over:
+            self.spare.append(value)
+        else:
+            self.over, self.value = True, value
+            self.error = None
+        await self._reap()
+        return self.result()
+
+    async def lost(self, error: BaseException) -> bool:
+        """The first attempt raised: settle. True if the caller raises `error`; else it returns `result()`."""
+        import asyncio
+
+        if isinstance(error, GeneratorExit):
+            # The coroutine is being closed: nothing may be awaited any more.
+            self.over = True
+            for extra in self.extras:
+                extra.cancel()
+            return True
+        outside = self.interrupted and self.task.uncancel() > self.before
+        if self.interrupted:
+            mine = outside or not isinstance(error, (asyncio.CancelledError, Exception))
+        elif not isinstance(error, Exception):
+            mine = True
+        else:
+            if self.error is None:
+                self.error = error
+            await self._others()
+            mine = not self.over and self.error is error
+            if mine:
+                self.error = None
+        if mine and self.extra_won:
+            self.spare.append(self.value)
+        await self._reap()
+        return mine
+
+    def result(self) -> Any:
+        """The value that won, or the error that came first, raised. Once only, or it would be a reference cycle."""
+        error, self.error = self.error, None
+        if error is None:
+            return self.value
+        try:
+            raise error
+        finally:
+            del error
+
+    async def _others(self) -> None:
+        """Wait until an attempt wins, or none is left."""
+        if self.over or not self.extras:
+            return
+        self.waiter = self.task.get_loop().create_future()
+        try:
+            await self.waiter
+        except BaseException:
+            self.error = None
+            if self.extra_won:
+                self.spare.append(self.value)
+            await self._reap()
+            raise
+
+    async def _reap(self) -> None:
+        """Cancel whoever still runs, and wait for their ends, however often the caller is cancelled meanwhile."""
+        import asyncio
+
+        self.over = True
+        cancelled = False
+        for extra in self.extras:
+            extra.cancel()
+        while self.extras:
+            try:
+                await asyncio.wait(list(self.extras))
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            self.spare.append(self.value)
+        for value in self.spare:
+            await _discard(value)
+        if cancelled:
+            self.error = None
+            raise asyncio.CancelledError
+
+
+async def _discard(value: Any) -> None:
+    """Close what nobody will read: the stream of an attempt that answered too late."""
+    if type(value) is Opened:
+        try:
+            await value.source.aclose()
+        except Exception:
+            pass  # the errors of losers are nobody's
+
+
+async def race_trio(
+    call: Callable[..., Any], args: Any, kwargs: Any, more: Callable[[int], Awaitable[bool]]
+) -> tuple[Any, bool]:
+    """Race attempts under trio: the first at once, and number `n` when `await more(n)` says so, until it says no.
+
+    Returns the first answer, and whether it is not the first attempt's. If all fail, the first error is raised.
+    """
+    import trio
+
+    race = _TrioRace()
+    try:
+        async with trio.open_nursery() as nursery:
+            race.nursery = nursery
+            nursery.start_soon(race.attempt, 1, call, args, kwargs)
+            number = 2
+            while await more(number):
+                race.running += 1
+                nursery.start_soon(race.attempt, number, call, args, kwargs)
+                number += 1
+        for value in race.spare:
+            await _discard(value)
+        if race.error is not None:
+            raise race.error
+        return race.value, race.number > 1
+    finally:
+        del race.error
+
+
+class _TrioRace:
+    over = False
+    value: Any = None
+    number = 0
+    running = 1
+    error: BaseException | None
+    nursery: Any
+
+    def __init__(self) -> None:
+        self.spare: list[Any] = []
+        self.error = None
+
+    async def attempt(self, number: int, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        import trio
+
+        try:
+            value = await call(*args, **kwargs)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            if not self.over:
+                # Whatever is no failure of the call concerns the caller, at once.
+                self.over = not isinstance(error, Exception)
+                if self.over or self.error is None:
+                    self.error = error
+        else:
+            if self.over:
+                self.spare.append(value)
+            else:
+                self.over, self.error = True, None
+                self.value, self.number = value, number
+        self.running -= 1
+        if self.over or not self.running:
+            self.nursery.cancel_scope.cancel()

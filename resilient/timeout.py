@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from resilient._ambient import ambient, deadline, nearest, of_system, remaining, thread
+from resilient._pace import Bound, Over, Pace
 from resilient.errors import BulkheadFull, CallTimeout, DeadlineExceeded, Rejected
 from resilient.policy import Policy, whole
 from resilient.policy import seconds as checked
 
 if TYPE_CHECKING:
     from resilient._aio import Timers
-    from resilient._ambient import Ambient
     from resilient._threads import Job
     from resilient._types import Call
     from resilient.policy import Env
 
 __all__ = ["Timeout", "deadline", "remaining"]
-
-_INF = float("inf")
 
 
 class Timeout(Policy):
@@ -266,7 +264,7 @@ class Timeout(Policy):
         until = min(start + seconds, nearest(env.clock))
         if until <= start:
             raise self._refused(env, DeadlineExceeded(self._label))
-        with _Bound(ambient(env.clock), until):
+        with Bound(ambient(env.clock), until):
             return await within(env.clock, until, partial(self._late, env, until - start), call, *args, **kwargs)
 
     def _timers_of(self, env: Env) -> Timers:
@@ -289,7 +287,7 @@ class Timeout(Policy):
             )
 
         def timeout(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-            pace = _Pace(self, env)
+            pace = Pace(self, env)
             source: Generator[Any, Any, Any] = call(*args, **kwargs)
             try:
                 item = pace.pull(source, source.send, [None])
@@ -303,7 +301,7 @@ class Timeout(Policy):
                         item = pace.pull(source, source.throw, [error])
                     else:
                         item = pace.pull(source, source.send, [sent])
-            except _Over as over:
+            except Over as over:
                 return over.value
 
         return timeout
@@ -312,7 +310,7 @@ class Timeout(Policy):
         """Guard an async generator function: each item has its limit, and all of them together."""
 
         async def timeout(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-            pace = _Pace(self, env)
+            pace = Pace(self, env)
             source: AsyncGenerator[Any, Any] = call(*args, **kwargs)
             try:
                 item = await pace.fetch(source, source.asend, [None])
@@ -326,7 +324,7 @@ class Timeout(Policy):
                         item = await pace.fetch(source, source.athrow, [error])
                     else:
                         item = await pace.fetch(source, source.asend, [sent])
-            except _Over:
+            except Over:
                 return
 
         return timeout
@@ -360,87 +358,3 @@ class Timeout(Policy):
 
             env.emit(Refused(self._label, error))
         return error
-
-
-class _Bound:
-    """The ambient deadline is `until` for one block that may await, but not yield."""
-
-    __slots__ = ("before", "until", "variable")
-
-    def __init__(self, variable: Ambient, until: float) -> None:
-        self.variable, self.until = variable, until
-
-    def __enter__(self) -> None:
-        self.before = self.variable.get()
-        self.variable.set(self.until)
-
-    def __exit__(self, *exc: object) -> None:
-        if self.variable.get() == self.until:
-            self.variable.set(self.before)
-
-
-class _Over(Exception):
-    """A generator has ended, and returned `value`."""
-
-    def __init__(self, value: Any = None) -> None:
-        self.value = value
-
-
-async def _take(step: Callable[[Any], Any], box: list[Any]) -> Any:
-    # An error in a box: a frame that kept one it was left by would be a reference cycle.
-    return await step(box.pop())
-
-
-class _Pace:
-    """The limits of one generator or stream."""
-
-    __slots__ = ("end", "env", "limit", "policy")
-
-    def __init__(self, policy: Timeout, env: Env) -> None:
-        self.policy, self.env, self.limit = policy, env, policy.first
-        start = env.clock.now()
-        if nearest(env.clock) <= start:
-            raise policy._refused(env, DeadlineExceeded(policy._label))
-        self.end = _INF if policy.seconds is None else start + policy.seconds
-
-    def pull(self, source: Generator[Any, Any, Any], step: Callable[[Any], Any], box: list[Any]) -> Any:
-        """The next item of a generator, or `_Over`."""
-        until, seconds = self._next()
-        if seconds <= 0:
-            source.close()
-            raise self._late(seconds)
-        try:
-            with _Bound(ambient(self.env.clock), until):
-                return step(box.pop())
-        except StopIteration as stop:
-            raise _Over(stop.value) from None
-
-    async def fetch(self, source: AsyncGenerator[Any, Any], step: Callable[[Any], Any], box: list[Any]) -> Any:
-        """The next item of a stream, or `_Over`."""
-        from resilient._aio import within
-
-        until, seconds = self._next()
-        if seconds <= 0:
-            await source.aclose()
-            raise self._late(seconds)
-        try:
-            with _Bound(ambient(self.env.clock), until):
-                if until == _INF:
-                    return await step(box.pop())
-                return await within(self.env.clock, until, partial(self._late, seconds), _take, step, box)
-        except StopAsyncIteration:
-            raise _Over from None
-
-    def _next(self) -> tuple[float, float]:
-        """The instant by which the next item must be there, and the seconds until then."""
-        clock, limit = self.env.clock, self.limit
-        self.limit = self.policy.between
-        start = clock.now()
-        until = min(self.end, nearest(clock), _INF if limit is None else start + limit)
-        return until, until - start
-
-    def _late(self, seconds: float) -> CallTimeout:
-        """What to raise: the limit that was set, not what was left of it."""
-        if self.policy.seconds is not None and self.env.clock.now() >= self.end:
-            seconds = self.policy.seconds
-        return self.policy._late(self.env, max(0.0, seconds))
