@@ -25,20 +25,20 @@ __all__ = ["Queue", "Race", "Timers", "race_trio", "within"]
 class Queue:
     """Calls that all wait equally long, in one loop: their ends come in the order of their beginnings.
 
-    `pending[key] = (until, callback)` enters and `del pending[key]` leaves, in any order; one timer serves all. A key
-    that is gone has been called back. With `tidy` the timer does not outlive the last of them: that costs a little,
-    and keeps clocks of tests from jumping to an alarm that nobody needs.
+    `pending[key] = (until, target)` enters and `del pending[key]` leaves, in any order; one timer serves all. A key
+    that is gone has had its end: `strike(target)`. With `tidy` the timer does not outlive the last of
+    them: that costs a little, and keeps clocks of tests from jumping to an alarm that nobody needs.
     """
 
-    __slots__ = ("_clock", "_timer", "armed", "home", "pending", "tidy")
+    __slots__ = ("_clock", "_strike", "_timer", "armed", "home", "pending", "tidy")
 
-    def __init__(self, clock: Clock, home: weakref.ref[Any]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, strike: Callable[[Any], object], home: weakref.ref[Any]) -> None:
+        self._clock, self._strike = clock, strike
         self._timer: Timer | None = None
         self.home = home
         self.tidy = not of_system(clock)
         self.armed = False
-        self.pending: dict[Any, tuple[float, Callable[[], object]]] = {}
+        self.pending: dict[Any, tuple[float, Any]] = {}
 
     def arm(self) -> None:
         """Set the timer for the first in line."""
@@ -69,7 +69,7 @@ class Queue:
                 break
             due.append(key)
         for key in due:
-            self.pending.pop(key)[1]()
+            self._strike(self.pending.pop(key)[1])
         self.armed, self._timer = False, None
         if self.pending:
             self.arm()
@@ -78,10 +78,10 @@ class Queue:
 class Timers:
     """One `Queue` for each running asyncio loop, for delays of one length by one clock."""
 
-    __slots__ = ("clock", "queues")
+    __slots__ = ("_strike", "clock", "queues")
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, strike: Callable[[Any], object]) -> None:
+        self.clock, self._strike = clock, strike
         # By `id`, so that a look-up is one of the fastest there are; an entry goes when its loop goes.
         self.queues: dict[int, Queue] = {}
 
@@ -92,7 +92,7 @@ class Timers:
             if home is None or home.is_closed():
                 self.queues.pop(key, None)
         key, queues = id(loop), self.queues
-        queue = queues[key] = Queue(self.clock, weakref.ref(loop, lambda _: queues.pop(key, None)))
+        queue = queues[key] = Queue(self.clock, self._strike, weakref.ref(loop, lambda _: queues.pop(key, None)))
         return queue
 
 

@@ -9,6 +9,7 @@ functions. Safe from any thread, asyncio loop and trio run at once.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -201,8 +202,8 @@ class Hedge(Policy):
 
         with self._lock:
             if self._timers is None:
-                self._timers = Timers(env.clock)
-            return self._timers if self._timers.clock is env.clock else Timers(env.clock)
+                self._timers = Timers(env.clock, _call)
+            return self._timers if self._timers.clock is env.clock else Timers(env.clock, _call)
 
     def stream(self, call: Call, env: Env) -> Call:
         """Guard an async generator function until its first item."""
@@ -280,6 +281,10 @@ class Hedge(Policy):
         if by_extra:
             with self._lock:
                 self.won += 1
+
+
+def _call(again: Callable[[], object]) -> None:
+    again()
 
 
 class _ThreadRace:

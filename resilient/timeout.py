@@ -22,6 +22,8 @@ from resilient.policy import Policy, whole
 from resilient.policy import seconds as checked
 
 if TYPE_CHECKING:
+    import asyncio
+
     from resilient._aio import Timers
     from resilient._threads import Job
     from resilient._types import Call
@@ -233,7 +235,7 @@ class Timeout(Policy):
             key = object()
             before = task.cancelling()
             pending = queue.pending
-            pending[key] = (until, task.cancel)
+            pending[key] = (until, task)
             if not queue.armed:
                 queue.arm()
             put(until)
@@ -273,8 +275,8 @@ class Timeout(Policy):
         # One set for all functions by one clock; another clock (of a test) has its own.
         with self._lock:
             if self._timers is None:
-                self._timers = Timers(env.clock)
-            return self._timers if self._timers.clock is env.clock else Timers(env.clock)
+                self._timers = Timers(env.clock, _cancel)
+            return self._timers if self._timers.clock is env.clock else Timers(env.clock, _cancel)
 
     # -- generators and streams --------------------------------------------------------------------------------------
 
@@ -358,3 +360,7 @@ class Timeout(Policy):
 
             env.emit(Refused(self._label, error))
         return error
+
+
+def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
