@@ -54,10 +54,11 @@ def _demo(chosen: argparse.Namespace) -> int:
         from resilient.demo.orders import BUNDLED
         from resilient.demo.run import main as run_demo
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("httpx", "rich", "starlette", "uvicorn"):
+        package = str(error.name).partition(".")[0]
+        if package not in ("httpx", "rich", "starlette", "uvicorn"):
             raise
         print(
-            f"resilient demo: it needs {error.name}, which is not installed. Get it with the extra `demo`:\n"
+            f"resilient demo: it needs {package}, which is not installed. Get it with the extra `demo`:\n"
             "    pip install 'resilient-kit[demo]'",
             file=sys.stderr,
         )

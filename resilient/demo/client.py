@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx
 import tenacity
@@ -33,6 +33,9 @@ from resilient import (
 from resilient.clock import Clock
 from resilient.demo.numbers import Outcome, Tally
 from resilient.demo.orders import Order
+
+if TYPE_CHECKING:
+    from resilient._trip import Trip
 
 __all__ = ["Calls", "Shop", "bare", "broken", "guards", "open_http", "place", "transient"]
 
@@ -120,28 +123,30 @@ def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop
     def retry(name: str, attempts: int, total: float) -> Retry:
         return Retry(transient, attempts=attempts, wait=wait, total=total, name=name)
 
+    def circuit(name: str, trip: Trip) -> CircuitBreaker:
+        # A probe that gets no answer is cut off like any other attempt: its place is free again as soon.
+        return CircuitBreaker(name, trip, on=broken, cooldown=rest, probe_lease=attempt)
+
     inventory = Pipeline(
         Hedge(attempt / 3, idempotent=True, name="inventory"),
         retry("inventory", 12, max(6.0, 3 * patience)),
-        CircuitBreaker("inventory", Consecutive(5) | FailureRate(0.5, over=20, minimum=10), on=broken, cooldown=rest),
+        circuit("inventory", Consecutive(5) | FailureRate(0.5, over=20, minimum=10)),
         Bulkhead(32, queue=64, max_wait=attempt, name="inventory"),
         Timeout(attempt, name="inventory"),
         env=env,
     )
     payment = Pipeline(
         retry("payment", 12, max(6.0, 3 * patience)),
-        CircuitBreaker("payment", FailureRate(0.5, over=20, minimum=10), on=broken, cooldown=rest),
+        circuit("payment", FailureRate(0.5, over=20, minimum=10)),
         Bulkhead(24, queue=64, max_wait=attempt, name="payment"),
         Timeout(attempt, name="payment"),
         env=env,
     )
     shipping = Pipeline(
         retry("shipping", 12, max(6.0, 3 * patience)),
-        CircuitBreaker(
+        circuit(
             "shipping",
             FailureRate(0.5, over=20, minimum=10) | SlowRate(0.8, slower_than=attempt * 0.75, over=20, minimum=10),
-            on=broken,
-            cooldown=rest,
         ),
         RateLimiter(50, burst=10, max_wait=attempt, name="shipping"),
         Bulkhead(24, queue=64, max_wait=attempt, name="shipping"),
@@ -151,7 +156,7 @@ def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop
     notification = Pipeline(
         Fallback(outbox.append, name="notification"),
         retry("notification", 3, max(1.5, patience / 2)),
-        CircuitBreaker("notification", FailureRate(0.5, over=20, minimum=10), on=broken, cooldown=rest),
+        circuit("notification", FailureRate(0.5, over=20, minimum=10)),
         RateLimiter(60, burst=20, max_wait=attempt / 2, name="notification"),
         Bulkhead(16, queue=32, max_wait=attempt / 2, name="notification"),
         Timeout(attempt / 2, name="notification"),

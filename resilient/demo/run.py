@@ -22,7 +22,7 @@ from rich.console import Console
 from resilient import CircuitBreaker, Env, inspect
 from resilient.clock import SystemClock
 from resilient.demo.client import Calls, Shop, bare, guards, open_http, place
-from resilient.demo.numbers import Books, Progress, Result
+from resilient.demo.numbers import Books, Outcome, Progress, Result
 from resilient.demo.orders import Order, OrdersError, read
 from resilient.demo.report import announce, as_data, draw, kept
 from resilient.demo.schedule import SERVICES, Schedule
@@ -76,6 +76,10 @@ async def _push(orders: Sequence[Order], shop: Shop, clock: SystemClock, progres
             due = progress.began + number * gap
             await clock.asleep(due - clock.now())
             group.create_task(one(order, due))
+    # A task that ends as cancelled though nobody cancelled it is a fault of ours. It must show in the report.
+    ended = {outcome.order for outcome in progress.outcomes}
+    lost = (order.id for order in orders if order.id not in ended)
+    progress.outcomes += [Outcome(order, progress.elapsed, "client", "lost") for order in lost]
 
 
 def _scene(progress: Progress, services: Services, shop: Shop) -> Scene:
@@ -149,7 +153,7 @@ def main(*, quick: bool, seed: int, plain: bool, path: Path, json_path: Path | N
         draw(console, schedule, before, after)
         if json_path is not None:
             json_path.write_text(json.dumps(as_data(schedule, before, after), indent=2) + "\n", encoding="utf-8")
-    except (OrdersError, ServiceFailed, OSError) as error:
+    except (OrdersError, ServiceFailed, OSError, httpx.HTTPError) as error:
         complain(str(error))
         return 2
     except (KeyboardInterrupt, asyncio.CancelledError):

@@ -12,11 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
 import sys
 import tempfile
-from asyncio.subprocess import Process
 from pathlib import Path
-from typing import Any
 
 from resilient.clock import SystemClock
 from resilient.demo.schedule import SERVICES, Schedule
@@ -25,6 +24,7 @@ from resilient.demo.services import LOOPBACK, bound
 __all__ = ["ServiceFailed", "Services"]
 
 START_WITHIN = 30.0
+_CHILD = "import sys; from resilient.demo.services import main; main(sys.argv[1:])"
 
 
 class ServiceFailed(RuntimeError):
@@ -42,7 +42,7 @@ class Services:
         self.up = dict.fromkeys(SERVICES, False)
         self._clock = SystemClock()
         self._ports: dict[str, socket.socket] = {}
-        self._children: dict[str, Process] = {}
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stack = contextlib.AsyncExitStack()
 
@@ -53,7 +53,12 @@ class Services:
             for name in SERVICES:
                 port = self._ports[name] = self._stack.enter_context(bound(0))
                 self.urls[name] = f"http://{LOOPBACK}:{port.getsockname()[1]}"
-            await asyncio.gather(*map(self._start, SERVICES))
+            async with asyncio.TaskGroup() as group:
+                for name in SERVICES:
+                    group.create_task(self._start(name))
+        except BaseExceptionGroup as group:
+            await self._stack.aclose()
+            raise group.exceptions[0] from None
         except BaseException:
             await self._stack.aclose()
             raise
@@ -79,17 +84,17 @@ class Services:
         schedule = self.schedule
         arguments = [name, port, schedule.seed, schedule.seconds, self._folder / f"{name}.ledger"]
         with (self._folder / f"{name}.log").open("ab") as log:
-            child = self._children[name] = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", "import sys; from resilient.demo.services import main; main(sys.argv[1:])"),
-                *map(str, arguments),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
+            # Not asyncio's: a start that is cancelled half-way must leave a child that can be killed, or none.
+            child = self._children[name] = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, *map(str, arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the parent, which ends its children in good order
             )
         assert child.stdout is not None
         try:
-            line = await asyncio.wait_for(child.stdout.readline(), START_WITHIN)
+            line = await asyncio.wait_for(asyncio.to_thread(child.stdout.readline), START_WITHIN)
         except TimeoutError:
             line = b""
         if line != b"ready\n":
@@ -98,15 +103,18 @@ class Services:
         self.up[name] = True
 
     def _tell(self, name: str) -> None:
-        pipe: Any = self._children[name].stdin
+        pipe = self._children[name].stdin
+        assert pipe is not None
         pipe.write(f"begin {self.began!r}\n".encode())
+        pipe.flush()
 
     async def _keep(self, name: str) -> None:
         """Bring `name` up again after its crash, when the schedule says so."""
         crash = self.schedule.crash(name)
         if crash is None:
             return
-        await self._children[name].wait()
+        await asyncio.to_thread(self._children[name].wait)
+        _bury(self._children[name])
         self.up[name] = False
         self.downs[name] += 1
         await self._clock.asleep(self.began + crash.end - self._clock.now())
@@ -118,7 +126,14 @@ class Services:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         for child in self._children.values():
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
+            child.kill()
         for child in self._children.values():
-            await child.communicate()
+            _bury(child)
+
+
+def _bury(child: subprocess.Popen[bytes]) -> None:
+    """Take leave of a child that has ended, or is about to."""
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        assert pipe is not None
+        pipe.close()
