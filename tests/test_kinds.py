@@ -32,7 +32,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "Retry": lambda: Retry(ConnectionError),
     "Retry(total)": lambda: Retry(ConnectionError, total=30.0),
     "CircuitBreaker": lambda: CircuitBreaker("b"),
-    "CircuitBreaker(Consecutive)": lambda: CircuitBreaker("c", Consecutive(5)),
+    "CircuitBreaker(Consecutive)": lambda: CircuitBreaker("c", Consecutive(50)),
     "CircuitBreaker(SlowRate)": lambda: CircuitBreaker("s", SlowRate(0.5, slower_than=2.0)),
     "Bulkhead": lambda: Bulkhead(4),
     "Bulkhead(queue)": lambda: Bulkhead(4, queue=4, max_wait=1.0),
