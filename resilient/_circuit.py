@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from resilient._pybreaker import Link
     from resilient._trip import Trip
 
-__all__ = ["DEFAULT_COOLDOWN", "Circuit", "Cooldown", "Isolation"]
+__all__ = ["DEFAULT_COOLDOWN", "NAMELESS", "Circuit", "Cooldown", "Isolation"]
 
 DEFAULT_COOLDOWN = 30.0
+NAMELESS = "CircuitBreaker"  # what a breaker is called that has no name
 
 Cooldown = float | Callable[[int], float]
 
@@ -29,13 +30,16 @@ class Circuit(Lifecycle):
 
     __slots__ = ("_cause", "_env", "_link", "_listeners", "_schedule", "name")
 
-    def __init__(self, name: str | None, trip: Trip, cooldown: Cooldown, probes: int, lease: float) -> None:
+    def __init__(
+        self, name: str | None, trip: Trip, cooldown: Cooldown, probes: int, lease: float, brisk: bool
+    ) -> None:
         self._schedule = quick("cooldown", cooldown) if callable(cooldown) else None
         super().__init__(
             trip,
             DEFAULT_COOLDOWN if callable(cooldown) else seconds("cooldown", cooldown, zero=True),
             whole("probes", probes),
             seconds("probe_lease", lease),
+            brisk=brisk,
         )
         self.name = name
         self._cause: str | None = None
@@ -45,7 +49,7 @@ class Circuit(Lifecycle):
 
     @property
     def _called(self) -> str:
-        return self.name or "CircuitBreaker"
+        return self.name or NAMELESS
 
     # -- telling others: never under the lock, one change at a time, in order ------------------------------------------
 
@@ -121,6 +125,7 @@ class Circuit(Lifecycle):
             if mine == OPEN and state == OPEN:
                 # It failed elsewhere after it failed here.
                 self._until = max(self._until, now + remaining)
+                self._show_locked("so says the storage", now, False)
             elif state == OPEN or (state == CLOSED and mine != CLOSED) or (state == HALF_OPEN and mine == CLOSED):
                 self._opened, self._until = 0 if state == CLOSED else self._opened + 1, now + remaining
                 self._enter_locked(state, "so says the storage", now, shared=False)

@@ -3,7 +3,8 @@
 Pure: it is given `now`, never sleeps, never calls the user, and keeps what changed as news for others to tell.
 Every permit belongs to the epoch that issued it; a result of an older epoch says nothing, in every direction.
 Safe from any thread, loop and trio run: each decision is one short turn under the lock. The attribute `_permit` is
-the hot path: what lets calls in while the circuit is closed, None while each call must ask `_admit`.
+the hot path: what lets calls in while the circuit is closed, None while each call must ask `_admit`. With `brisk` it
+need not even ask until the instant `_shut`: whoever refuses a call by that counts it in `_rejected`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from resilient._window import PASS, Permit, Probe, Tally
 __all__ = ["CLOSED", "HALF_OPEN", "OPEN", "Change", "Lifecycle"]
 
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"  # pybreaker's names
+NEVER = float("-inf")
 
 
 class Change(NamedTuple):
@@ -51,6 +53,7 @@ class Lifecycle:
     """
 
     __slots__ = (
+        "_brisk",
         "_calls",
         "_cooldown",
         "_disabled",
@@ -67,6 +70,7 @@ class Lifecycle:
         "_probes",
         "_rejected",
         "_seen",
+        "_shut",
         "_slow",
         "_state",
         "_tally",
@@ -78,14 +82,15 @@ class Lifecycle:
 
     _permit: Permit | None
 
-    def __init__(self, trip: Rules, cooldown: float, probes: int, lease: float) -> None:
+    def __init__(self, trip: Rules, cooldown: float, probes: int, lease: float, *, brisk: bool = False) -> None:
         self._lock = threading.Lock()
         self.trip, self._cooldown, self._probes, self._lease = trip, cooldown, probes, lease
         self._state = self._seen = CLOSED
         self._epoch = self._opened = self._won = self._isolated = 0
         self._calls = self._failures = self._slow = self._rejected = self._last = 0
         self._disabled = self._telling = False
-        self._until = 0.0
+        self._until, self._shut = 0.0, NEVER
+        self._brisk = brisk
         self._flying: tuple[Probe, ...] = ()
         self._news: tuple[Change, ...] = ()
         self._tally: Tally | None = trip.tally()
@@ -182,6 +187,9 @@ class Lifecycle:
             self._permit, seen = PASS, CLOSED
         else:
             self._permit, seen = self._tally, self._state
+        # While it is plainly open, the clock alone refuses; a shadow (and a build without GIL) goes the long way.
+        plainly = self._brisk and self._state == OPEN and not (self._isolated or self._disabled)
+        self._shut = self._until if plainly else NEVER
         if seen != self._seen:
             change = Change(self._seen, seen, reason, self._epoch, self._opened, now, shared)
             self._news = (*self._news, change)
@@ -198,6 +206,7 @@ class Lifecycle:
         with self._lock:
             if epoch == self._epoch:
                 self._until = until
+                self._shut = until if self._shut > NEVER else NEVER
 
     def _hold(self, step: int, reason: str, now: float) -> None:
         """Count one handle more (1) or less (-1) that keeps every call out."""
@@ -239,11 +248,12 @@ class Lifecycle:
 
     def _wait(self, now: float) -> float | None:
         """The seconds until a refused call has a chance; None if calls pass, or if nobody can know (isolated)."""
-        flying = self._flying
         if self._isolated or self._permit is not None:
             return None
         if self._state == OPEN:
-            return max(0.0, self._until - now)
+            left = self._until - now
+            return left if left > 0.0 else 0.0
+        flying = self._flying
         # Probes mostly answer sooner. The end of the first lease is what is certain.
         full = len(flying) + self._won >= self._probes
         return max(0.0, min(probe.until for probe in flying) - now) if full and flying else 0.0

@@ -22,14 +22,15 @@ SLICES = 20
 class Permit:
     """What lets one call in. It belongs to the epoch that issued it: by identity, so that no number can be confused.
 
-    `n` counts successes; `cold` asks the shell to settle every success instead of only counting it.
+    `n` counts successes; `cold` asks the shell to settle every success instead of only counting it; a call that takes
+    more than `slower_than` seconds is settled in any case.
     """
 
-    __slots__ = ("cold", "n")
+    __slots__ = ("cold", "n", "slower_than")
 
-    def __init__(self, cold: bool) -> None:
+    def __init__(self, cold: bool, slower_than: float = INF) -> None:
         self.n = 0
-        self.cold = cold
+        self.cold, self.slower_than = cold, slower_than
 
 
 class Probe(Permit):
@@ -51,6 +52,8 @@ class Window(Protocol):
 
     minimum: int
     """The number of calls before which the rule never trips."""
+    steady: bool
+    """Whether the rule wants to hear of every call, not only of the bad ones and those before `minimum`."""
 
     def note(self, total: int, successes: int, failed: bool, elapsed: float, now: float) -> str | None:
         """Take in one call that ended, the `total`th of the epoch; the reason to trip, or None."""
@@ -67,6 +70,7 @@ class Streak:
     __slots__ = ("limit", "mark", "streak")
 
     minimum = 0
+    steady = False
 
     def __init__(self, limit: int) -> None:
         self.limit, self.streak, self.mark = limit, 0, 0
@@ -92,6 +96,8 @@ class Calls:
 
     __slots__ = ("marks", "minimum", "over", "rate", "slower_than")
 
+    steady = False
+
     def __init__(self, rate: float, over: int, minimum: int, slower_than: float | None) -> None:
         self.rate, self.over, self.minimum, self.slower_than = rate, over, minimum, slower_than
         self.marks: deque[int] | None = None  # positions of bad calls; an empty deque would weigh 760 bytes
@@ -101,18 +107,18 @@ class Calls:
             if self.marks is None:
                 self.marks = deque()
             self.marks.append(total)
-        share = self.share(total, now)
-        if not share or total < self.minimum or share < self.rate or self.marks is None:
+        if total < self.minimum or self.marks is None or self.share(total, now) < self.rate:
             return None
         return _reason(len(self.marks), min(total, self.over), self.slower_than)
 
-    def share(self, total: int, now: float) -> float | None:
+    def share(self, total: int, now: float) -> float:
         marks = self.marks
         if not marks:
             return 0.0
-        while marks and marks[0] <= total - self.over:
+        oldest = total - self.over
+        while marks and marks[0] <= oldest:
             marks.popleft()
-        return len(marks) / min(total, self.over)
+        return len(marks) / (self.over if oldest > 0 else total)
 
 
 class Seconds:
@@ -124,6 +130,8 @@ class Seconds:
 
     __slots__ = ("bad", "calls", "minimum", "rate", "slices", "slower_than", "width")
 
+    steady = True
+
     def __init__(self, rate: float, seconds: float, minimum: int, slower_than: float | None) -> None:
         self.rate, self.width, self.minimum, self.slower_than = rate, seconds / SLICES, minimum, slower_than
         self.calls = self.bad = 0
@@ -131,26 +139,26 @@ class Seconds:
 
     def note(self, total: int, successes: int, failed: bool, elapsed: float, now: float) -> str | None:
         bad = failed if self.slower_than is None else elapsed > self.slower_than
-        self._forget(now)
         number = int(now / self.width)
         # Threads may bring their instants out of order: a late one goes into the newest slice.
         if not self.slices or self.slices[-1][0] < number:
+            self._forget(number)
             self.slices.append([number, 0, 0])
-        self.slices[-1][1] += 1
-        self.slices[-1][2] += bad
+        newest = self.slices[-1]
+        newest[1] += 1
+        newest[2] += bad
         self.calls += 1
         self.bad += bad
         if not (bad or self.calls == self.minimum) or self.calls < self.minimum or self.bad / self.calls < self.rate:
             return None
         return _reason(self.bad, self.calls, self.slower_than)
 
-    def share(self, total: int, now: float) -> float | None:
-        self._forget(now)
+    def share(self, total: int, now: float) -> float:
+        self._forget(int(now / self.width))
         return self.bad / self.calls if self.calls else 0.0
 
-    def _forget(self, now: float) -> None:
-        oldest = int(now / self.width) - SLICES
-        while self.slices and self.slices[0][0] <= oldest:
+    def _forget(self, number: int) -> None:
+        while self.slices and self.slices[0][0] <= number - SLICES:
             _, calls, bad = self.slices.pop(0)
             self.calls -= calls
             self.bad -= bad
@@ -163,12 +171,13 @@ def _reason(bad: int, calls: int, slower_than: float | None) -> str:
 class Tally(Permit):
     """One closed epoch: how its calls ended, and the windows of its rules. It is the permit of all of its calls."""
 
-    __slots__ = ("failures", "minimum", "slow", "slower_than", "windows")
+    __slots__ = ("failures", "minimum", "slow", "windows")
 
     def __init__(self, windows: tuple[Window, ...], slower_than: float = INF) -> None:
-        self.minimum = max(window.minimum for window in windows)
-        super().__init__(self.minimum > 0)
-        self.windows, self.slower_than = windows, slower_than
+        # The number of calls up to which every success is settled.
+        self.minimum = max(INF if window.steady else window.minimum for window in windows)
+        super().__init__(self.minimum > 0, slower_than)
+        self.windows = windows
         self.failures = self.slow = 0
 
     @property
@@ -185,7 +194,7 @@ class Tally(Permit):
         reason: str | None = None
         for window in self.windows:
             reason = window.note(total, successes, failed, elapsed, now) or reason
-        # A flag, not an equality: two threads may pass the minimum together, and one of them must still see it.
+        # A flag, not an equality: two threads may pass a minimum together, and one of them must still see it.
         self.cold = total < self.minimum
         return reason
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pybreaker import CircuitBreakerError
 
-from resilient._circuit import DEFAULT_COOLDOWN, Circuit, Cooldown, Isolation
+from resilient._circuit import DEFAULT_COOLDOWN, NAMELESS, Circuit, Cooldown, Isolation
 from resilient._trip import Consecutive, FailureRate, SlowRate, Trip
 from resilient._types import Call
 from resilient._verdict import Errors, quick, text
@@ -46,6 +46,9 @@ class BreakerOpen(Rejected, CircuitBreakerError):
     `policy` is the breaker's name, `retry_after` the seconds until a call has a chance (None while isolated), `cause`
     the text of the error that opened the circuit. The error itself is not kept: its traceback keeps frames alive.
     """
+
+    # Slots: an instance dictionary would cost a third of a refusal.
+    __slots__ = ("cause", "policy", "retry_after")
 
     reason = "the circuit is open"
 
@@ -109,7 +112,7 @@ class CircuitBreaker(Circuit, Policy):
             raise TypeError(f"name must be a string, not {name!r}")
         if not isinstance(trip, Trip):
             raise TypeError(f"trip must be Consecutive, FailureRate or SlowRate, joined by |, not {trip!r}")
-        super().__init__(name, trip, cooldown, probes, probe_lease)
+        super().__init__(name, trip, cooldown, probes, probe_lease, GIL and not shadow)
         if classify is not None and not callable(classify):
             raise TypeError(f"classify must be a function of (result, error), not {classify!r}")
         self.shadow = bool(shadow)
@@ -145,7 +148,11 @@ class CircuitBreaker(Circuit, Policy):
             def breaker(*args: Any, **kwargs: Any) -> Any:
                 permit = self._permit
                 if permit is None:
-                    permit = self._enter(env)
+                    now = env.clock.now()
+                    if now < self._shut and not env.sinks:
+                        self._rejected += 1
+                        raise BreakerOpen(self.name or NAMELESS, self._until - now, self._cause)
+                    permit = self._enter(now, env)
                 try:
                     value = call(*args, **kwargs)
                 except BaseException as error:
@@ -159,8 +166,9 @@ class CircuitBreaker(Circuit, Policy):
         else:
 
             def breaker(*args: Any, **kwargs: Any) -> Any:
-                permit = self._permit or self._enter(env)
-                self._before(call, args, kwargs)
+                permit = self._permit or self._enter(env.clock.now(), env)
+                if self._listeners:
+                    self._notify("before_call", call, *args, **kwargs)
                 began = env.clock.now()
                 try:
                     value = call(*args, **kwargs)
@@ -180,7 +188,11 @@ class CircuitBreaker(Circuit, Policy):
             async def breaker(*args: Any, **kwargs: Any) -> Any:
                 permit = self._permit
                 if permit is None:
-                    permit = self._enter(env)
+                    now = env.clock.now()
+                    if now < self._shut and not env.sinks:
+                        self._rejected += 1
+                        raise BreakerOpen(self.name or NAMELESS, self._until - now, self._cause)
+                    permit = self._enter(now, env)
                 try:
                     value = await call(*args, **kwargs)
                 except BaseException as error:
@@ -194,8 +206,9 @@ class CircuitBreaker(Circuit, Policy):
         else:
 
             async def breaker(*args: Any, **kwargs: Any) -> Any:
-                permit = self._permit or self._enter(env)
-                self._before(call, args, kwargs)
+                permit = self._permit or self._enter(env.clock.now(), env)
+                if self._listeners:
+                    self._notify("before_call", call, *args, **kwargs)
                 began = env.clock.now()
                 try:
                     value = await call(*args, **kwargs)
@@ -249,34 +262,47 @@ class CircuitBreaker(Circuit, Policy):
 
     # -- off the hot path ----------------------------------------------------------------------------------------
 
-    def _enter(self, env: Env) -> Permit:
-        now = env.clock.now()
+    def _enter(self, now: float, env: Env) -> Permit:
+        """Let a call in that found no permit, or raise `BreakerOpen`."""
         permit = self._admit(now)
         if self._news:
             self._tell(env)
         if permit is not None:
             return permit
-        cause = "isolate()" if self._isolated else self._cause
-        refusal = BreakerOpen(self._called, self._wait(now), cause)
+        if not self.shadow:
+            raise self._refusal(now, env)
+        self._refusal(now, env)
+        return PASS
+
+    def _refusal(self, now: float, env: Env) -> BreakerOpen:
+        # No variable may keep it where it is raised: it would know the frame, and the frame would know it.
+        if self._isolated:
+            refusal = BreakerOpen(self.name or NAMELESS, None, "isolate()")
+        else:
+            refusal = BreakerOpen(self.name or NAMELESS, self._wait(now), self._cause)
         if env.sinks:
             from resilient.events import Refused
 
             env.emit(Refused(refusal.policy, refusal, self.shadow))
-        if self.shadow:
-            return PASS
-        raise refusal
-
-    def _before(self, call: Call, args: Any, kwargs: Any) -> None:
-        if self._listeners and not self._disabled:
-            self._notify("before_call", call, *args, **kwargs)
+        return refusal
 
     def _settle(self, permit: Permit, env: Env) -> None:
-        self._ended(permit, False, 0.0, env.clock.now(), counted=True)
+        self._ended(permit, False, 0.0, env.clock.now())
         if self._news:
             self._tell(env)
 
     def _succeeded(self, permit: Permit, value: Any, began: float, env: Env) -> None:
-        self._learn(permit, None, value, began, env)
+        if self._classify is not None or self._listeners or not GIL:
+            self._learn(permit, None, value, began, env)
+            return
+        now = env.clock.now()
+        if not permit.cold and now - began <= permit.slower_than:
+            permit.n += 1
+            return
+        if self._ended(permit, False, now - began, now):
+            self._cause = "slow calls"
+        if self._news:
+            self._tell(env)
 
     def _failed(self, permit: Permit, error: BaseException, began: float, env: Env) -> None:
         if isinstance(error, Exception):
@@ -295,8 +321,8 @@ class CircuitBreaker(Circuit, Policy):
             return
         now = env.clock.now()
         if self._ended(permit, verdict == "failure", now - began, now):
-            self._cause = "a slow call" if verdict == "success" else text(error)
-        listeners = self._listeners and not self._disabled
+            self._cause = "slow calls" if verdict == "success" else text(error)
+        listeners = self._listeners
         if listeners and verdict == "failure":
             # In pybreaker's order: the failure before the change that it makes, the success after.
             self._notify("failure", error)
@@ -314,7 +340,9 @@ class CircuitBreaker(Circuit, Policy):
                 raise ValueError(f"classify must return 'failure', 'success', 'ignored' or None, not {verdict!r}")
         if error is None:
             return "success"
-        return "failure" if error in self._on and error not in self._ignore else "ignored"
+        if (self._on is _ON or error in self._on) and (self._ignore is _IGNORE or error not in self._ignore):
+            return "failure"
+        return "ignored"
 
     def describe(self) -> dict[str, Any]:
         """The settings that matter."""
@@ -342,8 +370,9 @@ class _Block:
         self.breaker, self._env, self._call = breaker, env, call
 
     def __enter__(self) -> None:
-        self._permit = self.breaker._permit or self.breaker._enter(self._env)
-        self.breaker._before(self._call, (), {})
+        self._permit = self.breaker._permit or self.breaker._enter(self._env.clock.now(), self._env)
+        if self.breaker._listeners:
+            self.breaker._notify("before_call", self._call)
         self._began = self._env.clock.now()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
