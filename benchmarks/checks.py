@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from benchmarks.cases import Build, Case, Mode, Options
@@ -244,7 +244,7 @@ async def _hedge(build: Build, mode: Mode) -> str | None:
     return None if calls == 2 and took < 0.45 else f"does not hedge: {calls} calls, {took:.2f} s"
 
 
-_CHECKS: dict[str, Callable[[Build, Mode], Any]] = {
+_CHECKS: dict[str, Callable[[Build, Mode], Coroutine[Any, Any, str | None]]] = {
     "retry": _retry,
     "breaker": _breaker,
     "bulkhead": _bulkhead,

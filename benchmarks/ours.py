@@ -70,6 +70,12 @@ def _hedge(o: Options) -> Any:
     return Hedge(o.after, idempotent=True)
 
 
+def _hedge_thread(o: Options) -> Any:
+    from resilient import Hedge
+
+    return Hedge(o.after, idempotent=True, sync="thread")
+
+
 def pipeline(*builds: Build) -> Build:
     """One `Pipeline` of several policies, outermost first."""
 
@@ -95,7 +101,8 @@ CASES = [
     Case(OURS, "timeout", "sync", _timeout, "thread"),
     Case(OURS, "timeout", "async", _timeout),
     *both(OURS, "fallback", _fallback),
-    *both(OURS, "hedge", _hedge),
+    Case(OURS, "hedge", "sync", _hedge_thread, "thread"),
+    Case(OURS, "hedge", "async", _hedge),
     *both(OURS, "stack of three", pipeline(*THREE)),
     Case(OURS, "stack of five", "sync", pipeline(*FIVE, _deadline), "deadline"),
     Case(OURS, "stack of five", "sync", pipeline(*FIVE, _timeout), "thread"),

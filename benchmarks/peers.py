@@ -4,6 +4,9 @@ Where a library serves only plain functions or only coroutines, or has no such p
 them does wrong is none of this module's business: here they run on the path where they are right.
 """
 
+# Half of the libraries here are not typed.
+# mypy: disable-error-code="import-untyped, no-any-return"
+
 from __future__ import annotations
 
 import itertools
@@ -115,9 +118,7 @@ def _hyx_retry(o: Options) -> Decorator:
     from hyx.retry.backoffs import expo
 
     # It counts retries where the others count attempts.
-    return retry(
-        on=Exception, attempts=o.attempts - 1, backoff=expo(initial_delay_secs=o.wait, base=2) if o.wait else 0
-    )
+    return retry(on=Exception, attempts=o.attempts - 1, backoff=expo(min_delay_secs=o.wait, base=2) if o.wait else 0)
 
 
 def _hyx_breaker(o: Options) -> Decorator:

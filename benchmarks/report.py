@@ -65,7 +65,7 @@ def baseline(rows: list[Row]) -> dict[str, Any]:
 
 
 _UNIT = (
-    "closures = (guarded call - bare call) / (one call through `def w(*a, **k): return f(*a, **k)`, or its async twin), "
+    "closures = (guarded - bare) / (one call through `def w(*a, **k): return f(*a, **k)`, or its async twin); "
     "minima over all rounds; timeouts = the same with `async with asyncio.timeout(30)` less the bare call below"
 )
 
@@ -172,16 +172,14 @@ def _sections(rows: list[Row], *, markdown: bool) -> Iterable[str]:
                 name += " (reference)" if group == "reference" else ""
                 table = _table(["", *(head for head, _ in columns)], lines, markdown=markdown)
                 yield f"### {name}\n\n{table}" if markdown else f"{name}\n{table}"
-    broken = [row for row in rows if "error" in row]
+    broken = [_excuse(row) for row in rows if "error" in row]
     if broken:
-        lines = [
-            "- "
-            + " ".join(part for part in (row["suite"], row["mode"], row["group"], row["name"]) if part)
-            + f": {row['error']}"
-            for row in broken
-        ]
-        title = "Not measured"
-        yield ("### " if markdown else "") + title + ("\n\n" if markdown else "\n") + "\n".join(lines)
+        yield ("### Not measured\n\n" if markdown else "Not measured\n") + "\n".join(broken)
+
+
+def _excuse(row: Row) -> str:
+    place = (row["suite"], row["mode"], row["group"], row["name"])
+    return f"- {' '.join(part for part in place if part)}: {row['error']}"
 
 
 def _place(group: str) -> tuple[int, str]:
@@ -211,7 +209,7 @@ def page(rows: list[Row], budgets: Sequence[Budget], figures: Figures) -> str:
     lines: list[list[str]] = []
     for budget in budgets:
         value = budget.value(figures)
-        lines.append([budget.says, budget.limit(), "not measured" if value is None else f"{value:g}"])
+        lines.append([budget.says, budget.limit(figures), "not measured" if value is None else f"{value:g}"])
     facts = machine()
     intro = (
         f"{facts['implementation']} {facts['python']}, {facts['cpus']} CPUs, {facts['system']} {facts['machine']}; "
@@ -235,28 +233,36 @@ def readme(rows: list[Row]) -> str:
             for name in names:
                 row = cells.get((suite, mode, group, name))
                 if row is not None and field in row and not row.get("reference"):
-                    found[head] = form(row[field])
+                    cut_off = head == "five" and name in _CUT_OFF
+                    found[head] = form(row[field]) + (" †" if cut_off else "")
                     break
         if found:
             by_library.append((label, found))
     heads = [column[0] for column in _README_COLUMNS]
     lines = [[label, *(found.get(head, "–") for head in heads)] for label, found in by_library]
+    return "\n\n".join([_table(["", *heads], lines, markdown=True), " ".join(_caption(rows, cells))])
+
+
+def _caption(rows: list[Row], cells: dict[tuple[str, str, str, str], Row]) -> Iterable[str]:
+    """What the columns of the README's table mean."""
     facts = machine()
-    closure = next(
-        (row["ns"] for row in rows if row["suite"] == "calls" and row["mode"] == "sync" and row["name"] == "closure"), 0
-    )
-    timeout = next((row["added_ns"] for row in rows if row["name"] == "asyncio.timeout" and "added_ns" in row), 0)
-    return (
-        _table(["", *heads], lines, markdown=True)
-        + "\n\nThe first six columns are what guarding adds to a call of a plain function that succeeds, in units of one call through "
-        "`def w(*a, **k): return f(*a, **k)` "
-        f"(here {closure:.0f} ns); *three* is retry, breaker and bulkhead, *five* adds a rate limit and a deadline. For coroutines: what is "
-        f"added in microseconds; *five* has a real timeout, where one bare `asyncio.timeout()` adds {timeout / 1e3:.1f} µs. "
-        "Then a call that fails once and is retried without a wait, a refusal by an open breaker, bytes held by a stack of three, "
-        "and the time to import, over bare Python. "
-        f"{facts['implementation']} {facts['python']}, {facts['cpus']} shared cores; minima of interleaved rounds. – is what a library does not have. "
-        "[How it is measured, and all figures](docs/reference/benchmarks.md)."
-    )
+    closure = [
+        row["ns"] for row in rows if row["suite"] == "calls" and row["mode"] == "sync" and row["name"] == "closure"
+    ]
+    timeout = [row["added_ns"] for row in rows if row["name"] == "asyncio.timeout" and "added_ns" in row]
+    thread = cells.get(("calls", "sync", "stack of five", f"{OURS} (thread)"), {}).get("closures")
+    every = cells.get(("imports", "", "", f"{OURS} (all policies)"), {}).get("added_ms")
+    yield "The first six columns are what guarding adds to a call of a plain function that succeeds, in units of one"
+    yield "call through `def w(*a, **k): return f(*a, **k)`" + (f" (here {min(closure):.0f} ns);" if closure else ";")
+    yield "*three* is retry, breaker and bulkhead, *five* adds a rate limit and a deadline († a timeout by thread or"
+    yield f"signal instead; ours by thread adds {thread:.0f})." if thread else "signal instead)."
+    yield "*async* is what is added to a coroutine; its *five* has a real timeout"
+    yield f"(one bare `asyncio.timeout()` alone adds {min(timeout) / 1e3:.1f} µs)." if timeout else "."
+    yield "*one retry* is a whole call that fails once and is made again without a wait, *refusal* a call that meets an"
+    yield "open breaker, *bytes* what a stack of three holds, *import* what it takes over bare Python"
+    yield f"(with every policy, and so pybreaker and aiolimiter, ours takes {every:.0f} ms)." if every else "."
+    yield f"{facts['implementation']} {facts['python']}, {facts['cpus']} shared cores, minima of interleaved rounds;"
+    yield "– is what a library does not have. [How it is measured, and all figures](docs/reference/benchmarks.md)."
 
 
 def _closures(value: float) -> str:
@@ -264,7 +270,7 @@ def _closures(value: float) -> str:
 
 
 def _micro(value: float) -> str:
-    return f"{value / 1e3:.2f} µs" if value < 10_000 else f"{value / 1e3:.0f} µs"
+    return f"{value / 1e3:.2f} µs" if value < 9_995 else f"{value / 1e3:.0f} µs"
 
 
 def _milli(value: float) -> str:
@@ -289,6 +295,9 @@ _README_COLUMNS: list[tuple[str, str, str, str, str, Callable[[float], str]]] = 
     ("bytes", "memory", "sync", "stack of three", "bytes", _kilo),
     ("import", "imports", "", "", "added_ms", _milli),
 ]
+
+_CUT_OFF = ("pyresilience", "grit", "crashbytes")
+"""Whose stack of five for plain functions has no deadline, but a timeout."""
 
 _README_ROWS: list[tuple[str, tuple[str, ...]]] = [
     ("**resilient**", (OURS, f"{OURS} (deadline)")),
