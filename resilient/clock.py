@@ -18,13 +18,17 @@ __all__ = ["Clock", "Rng", "SystemClock", "Timer", "in_trio", "system_rng"]
 class Timer(Protocol):
     """A callback that is yet to run; `cancel` forgets it."""
 
-    def cancel(self) -> object: ...
+    def cancel(self) -> object:
+        """Forget the callback; after it has run, nothing."""
+        ...
 
 
 class Rng(Protocol):
     """The part of `random.Random` that resilient uses."""
 
-    def random(self) -> float: ...
+    def random(self) -> float:
+        """A number from 0.0 up to, but not including, 1.0."""
+        ...
 
 
 @runtime_checkable
