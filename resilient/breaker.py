@@ -287,7 +287,7 @@ class CircuitBreaker(Circuit, Policy):
         return refusal
 
     def _settle(self, permit: Permit, env: Env) -> None:
-        self._ended(permit, False, 0.0, env.clock.now())
+        self._ended(permit, False, 0.0, env.clock.now(), counted=True)
         if self._news:
             self._tell(env)
 
