@@ -187,7 +187,8 @@ def _checked(made: Guarded) -> Call:
         return value
 
     shells = _compile(made, "sync", first)
-    closure: tuple[Any, ...] = getattr(shells[0], "__closure__", None) or ()
+    # A shell may be the call itself, where a policy has nothing to do.
+    closure: tuple[Any, ...] = () if shells[0] is first else getattr(shells[0], "__closure__", None) or ()
     cells = [cell for cell in closure if cell.cell_contents is first]
     return shells[-1]
 

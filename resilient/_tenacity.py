@@ -189,9 +189,11 @@ class _State(RetryCallState):
         self.next_action = None
         self.upcoming_sleep = 0.0
         self.env = env
+        self.name = run._policy.name
 
     def get_fn_name(self) -> str:
-        return _named(self.fn) if self.fn is not None else str(self.retry_object)
+        # Not of `fn`, which may be the next policy inwards.
+        return self.name or str(self.retry_object)
 
 
 class _Outcome:

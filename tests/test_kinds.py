@@ -66,8 +66,7 @@ async def coroutine(a: int, b: int = 2, *, c: int = 3) -> tuple[int, int, int]:
 
 def generator(n: int) -> Generator[int, Any, str]:
     """Generator."""
-    for i in range(n):
-        yield i
+    yield from range(n)
     return "end"
 
 
@@ -117,7 +116,7 @@ def test_what_a_function_is_stays(make: Callable[[], Any], target: Callable[...,
 
 @every
 def test_methods_and_odd_callables(make: Callable[[], Any]) -> None:
-    guard = make()
+    guard: Callable[[Any], Any] = make()
 
     class Holder:
         calls: ClassVar[int] = 0
@@ -298,7 +297,7 @@ def test_one_object_serves_threads_two_loops_and_trio_at_once(make: Callable[[],
 
 
 def test_a_failing_dependency_is_retried_cut_off_and_answered_for() -> None:
-    """Retry goes on until the breaker opens; then calls fail fast, without a wait; the fallback answers all the time."""
+    """Retry goes on until the breaker opens; then calls fail fast, without a wait; the fallback answers."""
     clock, recorder = FakeClock(), Recorder()
     breaker = CircuitBreaker("dependency", Consecutive(4), cooldown=30.0)
     calls = 0

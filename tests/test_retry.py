@@ -8,7 +8,7 @@ import random  # noqa: TID251
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +75,7 @@ def by_stream(policy: Retry, script: Script, env: Env) -> Any:
     async def main() -> Any:
         async for item in Pipeline(policy, env=env)(function)():
             return item
+        return None
 
     return asyncio.run(main())
 
@@ -113,7 +114,7 @@ def test_it_tries_again_until_it_works(drive: Driver) -> None:
 
 @everywhere
 def test_the_last_error_comes_out_itself_with_a_note(drive: Driver) -> None:
-    """The user's own exception, never a wrapper (hyx: MaxAttemptsExceeded hides the cause; attempts=3 makes 4 calls)."""
+    """The user's own exception, never a wrapper (hyx: one that hides the cause, after 4 calls for attempts=3)."""
     clock, last = FakeClock(), ConnectionError("last")
     script = Script(ConnectionError("1"), ConnectionError("2"), last)
     with pytest.raises(ConnectionError) as caught:
@@ -210,7 +211,7 @@ def test_hyx_concurrent_calls_share_no_backoff_state() -> None:
         await asyncio.gather(*(fails(key) for key in range(3)), return_exceptions=True)
 
     asyncio.run(main())
-    assert calls == dict.fromkeys(range(3), [0.0, 1.0, 2.0, 3.0])
+    assert calls == {key: [0.0, 1.0, 2.0, 3.0] for key in range(3)}
 
 
 # -- time limits -----------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def failed_with(**attributes: Any) -> ConnectionError:
     return error
 
 
-EPOCH = datetime(2026, 1, 1, tzinfo=timezone.utc)
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 DATE = format_datetime(EPOCH + timedelta(seconds=7), usegmt=True)
 
 
@@ -338,7 +339,7 @@ DATE = format_datetime(EPOCH + timedelta(seconds=7), usegmt=True)
 )
 @pytest.mark.parametrize("drive", [by_call, by_await])
 def test_nopanic_retry_after_is_honoured_in_every_form(drive: Driver, error: Exception, slept: float) -> None:
-    """nopanic honours a numeric attribute only: not strings, dates or headers. Never earlier than asked, up to the cap."""
+    """nopanic honours a numeric attribute only: not strings, dates or headers. Never earlier, up to the cap."""
     clock = FakeClock(epoch=EPOCH.timestamp())
     assert drive(Retry(ConnectionError, wait=1.0), Script(error, "ok"), Env(clock)) == "ok"
     assert clock.slept == [pytest.approx(slept)]
@@ -596,7 +597,8 @@ def test_methods_in_both_decorator_orders() -> None:
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind) as caught:
-        Retry(**{"on": ConnectionError, **settings})
+        made: dict[str, Any] = {"on": ConnectionError, **settings}
+        Retry(**made)
     assert text in str(caught.value)
 
 
@@ -606,9 +608,9 @@ def test_async_predicates_are_refused() -> None:
     async def predicate(value: Any) -> bool:
         return False
 
-    with pytest.raises(TypeError, match="on must answer at once, and .*predicate is a coroutine function"):
+    with pytest.raises(TypeError, match=r"on must answer at once, and .*predicate is a coroutine function"):
         Retry(predicate)
-    with pytest.raises(TypeError, match="until must answer at once, and .*predicate is a coroutine function"):
+    with pytest.raises(TypeError, match=r"until must answer at once, and .*predicate is a coroutine function"):
         Retry(ConnectionError, until=predicate)  # type: ignore[arg-type] # pyright: ignore
 
 
