@@ -122,7 +122,7 @@ def test_memory_of_a_window_over_calls_is_its_failures() -> None:
     window: Any = tally.windows[0]
     for _ in range(5_000):
         feed(tally, False)
-    assert window.marks is None
+    assert not window.marks
     for step in range(5_000):
         feed(tally, step % 100 == 0)
     assert len(window.marks) == 10
@@ -204,7 +204,7 @@ def test_rules_are_immutable() -> None:
 def test_rules_join_with_rules_only() -> None:
     nonsense: Any = 5
     with pytest.raises(TypeError):
-        Consecutive(5) | nonsense
+        _ = Consecutive(5) | nonsense
     joined = Consecutive(1) | (Consecutive(2) | Consecutive(3))
     assert isinstance(joined, AnyOf)
     assert len(joined.rules) == 3
