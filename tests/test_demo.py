@@ -164,7 +164,7 @@ def fates_of(kind: str) -> list[Fate]:
 def test_each_kind_of_trouble_shows_in_the_fates() -> None:
     assert sum(fate.status == 500 for fate in fates_of("errors")) > 50
     assert {fate.works for fate in fates_of("errors") if fate.status == 500} == {True, False}
-    assert sum(fate.delay > 1.0 for fate in fates_of("slow")) > 50
+    assert sum(fate.delay > 0.5 for fate in fates_of("slow")) > 50
     assert sum(fate.hangs for fate in fates_of("hang")) > 50
     assert {(fate.status, fate.as_date, fate.works) for fate in fates_of("refuse")} == {
         (status, as_date, False) for status in (429, 503) for as_date in (True, False)
@@ -557,7 +557,7 @@ def made(
 
 BEFORE = made(
     "without guards",
-    Outcome("a", 1.0),
+    Outcome("a", 0.5),
     Outcome("b", 0.2, "payment", "HTTP 500"),
     Outcome("c", 0.3, "shipping", "ReadTimeout"),
     charged=Counter("abc"),
@@ -596,7 +596,7 @@ def test_the_report_has_a_row_for_each_number() -> None:
         "orders charged": "3",
         "charged twice": "1",
         "charged, never shipped": "1",
-        "done, but the client says failed": "0",
+        "done, client says failed": "0",
     }
     assert dict(report.rows(made("x", Outcome("a", 1.0, "payment", "HTTP 500"))))["p50, of orders done"] == "-"
 
@@ -605,7 +605,7 @@ def test_the_notes_are_honest() -> None:
     notes = list(report.notes(BEFORE, AFTER))
     assert notes[0] == "The guards completed 1 order more (+100 %)."
     assert notes[1].startswith("They sent 2 calls more (+50 %).")
-    assert notes[2].startswith("Their p99 is 2.00 s longer")
+    assert notes[2].startswith("Half of their orders took more than 1.00 s, against 0.50 s without: they wait")
     assert notes[3].startswith("1 order was charged twice with guards")
     assert notes[4].startswith("1 order was charged with guards and never shipped")
     assert notes[5:] == [

@@ -116,8 +116,10 @@ def broken(error: BaseException) -> bool:
 
 def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop:
     """The steps with guards, in the recommended order. `patience` is what the bare calls wait for an answer."""
-    attempt = max(0.4, patience / 5)
-    rest = max(0.2, patience / 10)
+    attempt = max(0.4, patience / 8)
+    rest = max(0.2, patience / 16)
+    # Retries cope with a service that fails every other call; a circuit is for one that fails nearly all of them.
+    ill = FailureRate(0.8, over=40, minimum=20)
     wait = tenacity.wait_random_exponential(multiplier=0.1, max=1.0)
 
     def retry(name: str, attempts: int, total: float) -> Retry:
@@ -130,33 +132,30 @@ def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop
     inventory = Pipeline(
         Hedge(attempt / 3, idempotent=True, name="inventory"),
         retry("inventory", 12, max(6.0, 3 * patience)),
-        circuit("inventory", Consecutive(5) | FailureRate(0.5, over=20, minimum=10)),
+        circuit("inventory", ill | Consecutive(10)),
         Bulkhead(32, queue=64, max_wait=attempt, name="inventory"),
         Timeout(attempt, name="inventory"),
         env=env,
     )
     payment = Pipeline(
         retry("payment", 12, max(6.0, 3 * patience)),
-        circuit("payment", FailureRate(0.5, over=20, minimum=10)),
-        Bulkhead(24, queue=64, max_wait=attempt, name="payment"),
+        circuit("payment", ill),
+        Bulkhead(32, queue=64, max_wait=attempt, name="payment"),
         Timeout(attempt, name="payment"),
         env=env,
     )
     shipping = Pipeline(
         retry("shipping", 12, max(6.0, 3 * patience)),
-        circuit(
-            "shipping",
-            FailureRate(0.5, over=20, minimum=10) | SlowRate(0.8, slower_than=attempt * 0.75, over=20, minimum=10),
-        ),
+        circuit("shipping", ill | SlowRate(0.9, slower_than=attempt, over=40, minimum=20)),
         RateLimiter(50, burst=10, max_wait=attempt, name="shipping"),
-        Bulkhead(24, queue=64, max_wait=attempt, name="shipping"),
+        Bulkhead(32, queue=64, max_wait=attempt, name="shipping"),
         Timeout(attempt, name="shipping"),
         env=env,
     )
     notification = Pipeline(
         Fallback(outbox.append, name="notification"),
         retry("notification", 3, max(1.5, patience / 2)),
-        circuit("notification", FailureRate(0.5, over=20, minimum=10)),
+        circuit("notification", ill),
         RateLimiter(60, burst=20, max_wait=attempt / 2, name="notification"),
         Bulkhead(16, queue=32, max_wait=attempt / 2, name="notification"),
         Timeout(attempt / 2, name="notification"),

@@ -48,7 +48,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
         ("orders charged", str(len(books.charged))),
         ("charged twice", str(books.charged_twice)),
         ("charged, never shipped", str(books.charged_not_shipped)),
-        ("done, but the client says failed", str(books.unnoticed(result.outcomes))),
+        ("done, client says failed", str(books.unnoticed(result.outcomes))),
     ]
 
 
@@ -63,14 +63,14 @@ def notes(before: Result, after: Result) -> Iterator[str]:
         yield f"The guards did not keep their promise: {_orders(after.done)} done, {before.done} without them."
     extra = after.sent - before.sent
     yield (
-        f"They sent {abs(extra)} calls {'more' if extra >= 0 else 'fewer'} ({_percent(extra, before.sent)}). Some are "
-        "retries and hedges; others are the later steps of orders that would have failed before."
+        f"They sent {abs(extra)} calls {'more' if extra >= 0 else 'fewer'} ({_percent(extra, before.sent)}). Some "
+        "are retries and hedges; others are the later steps of orders that would have failed before."
     )
-    slow = (before.latency(0.99), after.latency(0.99))
-    if slow[0] is not None and slow[1] is not None and slow[1] > slow[0]:
+    medians = (before.latency(0.5), after.latency(0.5))
+    if medians[0] is not None and medians[1] is not None and medians[1] > medians[0]:
         yield (
-            f"Their p99 is {slow[1] - slow[0]:.2f} s longer: an order that waits for a sick service to come back "
-            "ends late, where it would have failed early."
+            f"Half of their orders took more than {medians[1]:.2f} s, against {medians[0]:.2f} s without: they wait "
+            "for sick services to come back, and others queue behind them. Without guards only the lucky ones count."
         )
     if after.books.charged_twice:
         yield (

@@ -31,7 +31,7 @@ from resilient.demo.view import Scene, View, view_for
 
 __all__ = ["CROWD", "FULL", "QUICK", "compare", "main", "run"]
 
-CROWD = 48
+CROWD = 64
 FULL = (24.0, 100_000)  # seconds of the schedule, and the most orders that it takes
 QUICK = (3.2, 120)
 

@@ -107,7 +107,7 @@ class Schedule:
             case "errors":
                 return Fate(500, delay, works=coin)
             case "slow":
-                return Fate(200, delay + rng.uniform(0.3, 0.6) * self.patience)
+                return Fate(200, delay + rng.uniform(0.1, 0.3) * self.patience)
             case "hang":
                 return Fate(200, delay, works=coin, hangs=True)
             case _:
