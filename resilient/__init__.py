@@ -15,7 +15,7 @@ Importing this package imports next to nothing: each name brings its module when
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # Type checkers take it for true; importing `typing` would cost more than all the rest.
 
 if TYPE_CHECKING:
     from resilient import testing as testing

@@ -98,7 +98,8 @@ def _kind(target: Call) -> Kind:
     while isinstance(target, functools.partial):
         target = target.func
     target = getattr(target, "__func__", target)
-    if type(target) is not FunctionType or target.__dict__:
+    # Not `target.__dict__`, which would come into being by the question.
+    if type(target) is not FunctionType or hasattr(target, "_is_coroutine") or hasattr(target, "_is_coroutine_mark"):
         return _kind_by_inspection(target)
     return _kind_by_flags(target.__code__.co_flags) or _kind_by_annotation(target)
 
