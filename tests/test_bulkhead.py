@@ -512,12 +512,16 @@ class Poker:
     """Interrupts the main thread once, after a while."""
 
     def __enter__(self) -> Poker:
+        # Nothing else may be struck: a tracer that is, coverage's, keeps its own lock for ever.
+        self.tracer = sys.gettrace()
+        sys.settrace(None)
         self.before = signal.signal(signal.SIGALRM, self.poke)
         return self
 
     def __exit__(self, *exc: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
+        sys.settrace(self.tracer)
 
     @staticmethod
     def poke(*_: object) -> None:
@@ -580,6 +584,24 @@ def test_interrupted_under_contention_nobody_sleeps_on() -> None:
     for thread in threads:
         thread.join(30)
     assert finished == [1, 1]
+    assert whole(bulkhead)
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_queue() -> None:
+    class Interrupted(FakeClock):
+        def wait(self, acquire: Callable[[float], bool], seconds: float | None) -> bool:
+            assert bulkhead.waiting == 1
+            raise KeyboardInterrupt
+
+    bulkhead = Bulkhead(1, queue=1)
+
+    @Pipeline(bulkhead, env=Env(clock=Interrupted()))
+    def work() -> None: ...
+
+    with bulkhead:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert bulkhead.waiting == 0
     assert whole(bulkhead)
 
 
