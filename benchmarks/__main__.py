@@ -19,7 +19,7 @@ from benchmarks import report
 from benchmarks.budgets import BUDGETS, Budget
 from benchmarks.cases import GROUPS, every_case, select
 from benchmarks.figures import Figures, Row
-from benchmarks.measures import Job
+from benchmarks.measures import Job, matches
 
 ROOT = Path(__file__).resolve().parent.parent
 AGAIN = 2
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     o = _arguments().parse_args(argv)
     figures = Figures()
     began = time.perf_counter()
-    jobs = list(_jobs(o.quick, o.rounds, o.only))
+    jobs = [job for job in _jobs(o.quick, o.rounds, o.only) if matches(job)]
     for at, job in enumerate(jobs, 1):
         _say(f"[{at:2}/{len(jobs)}] {' '.join(part for part in job.key if part)}")
         figures.add(_run(job))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.cases import OURS, Case, Options, every_case
+from benchmarks.cases import GROUPS, OURS, Case, Options, every_case
 from benchmarks.checks import check
 from benchmarks.harness import interleave, plain
 
@@ -67,6 +67,18 @@ def _wanted(job: Job, groups: Iterable[str]) -> list[Case]:
         return pattern is None or pattern.search(path) is not None
 
     return [case for case in every_case() if fits(case)]
+
+
+def matches(job: Job) -> bool:
+    """Whether the job has anything to measure beside its references."""
+    if not job.only:
+        return True
+    pattern = re.compile(job.only)
+    if job.suite == "imports":
+        return any(pattern.search(f"imports///{name}") for name in _STATEMENTS)
+    modes = (job.mode,) if job.mode else ("sync", "async")
+    groups = (job.group,) if job.group else GROUPS
+    return any(_wanted(replace(job, mode=mode), groups) for mode in modes)
 
 
 def _sound(job: Job, cases: Iterable[Case], rows: list[Row]) -> list[Case]:

@@ -190,7 +190,8 @@ def _lines(rows: list[Row], columns: list[Column]) -> list[list[str]]:
     good = [row for row in rows if "error" not in row]
     field = next((field for field in ("ns", "added_ms", "ms", "bytes") if any(field in row for row in good)), None)
     if field is not None:
-        good.sort(key=lambda row: (not row.get("reference", False), row.get(field, 0.0)))
+        # Whoever turns callers away is soon done: such come last.
+        good.sort(key=lambda row: (not row.get("reference", False), bool(row.get("refused")), row.get(field, 0.0)))
     return [[_mark(row), *(column(row) for _, column in columns)] for row in good]
 
 
@@ -302,7 +303,7 @@ _CUT_OFF = ("pyresilience", "grit", "crashbytes")
 _README_ROWS: list[tuple[str, tuple[str, ...]]] = [
     ("**resilient**", (OURS, f"{OURS} (deadline)")),
     (
-        "by hand, in one frame",
+        "by hand",
         (
             "by hand",
             "by hand (tokens)",
@@ -344,4 +345,4 @@ def fill(path: Path, text: str) -> None:
         old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
     head, _, rest = old.partition(BEGIN)
     tail = rest.partition(END)[2]
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
