@@ -486,6 +486,43 @@ def test_adopting_is_for_limiters() -> None:
 # -- many at once ----------------------------------------------------------------------------------------------------
 
 
+def test_the_path_without_a_lock_and_the_one_with_it_see_each_other() -> None:
+    """Some threads come by the decorator, others by `try_acquire`: together they get the burst, no more, no less."""
+    limiter = RateLimiter(5000, burst=5000)
+    done: list[None] = []
+
+    @Pipeline(limiter, env=Env(clock=FakeClock(1e6)))
+    def work() -> None:
+        done.append(None)
+
+    def decorated() -> None:
+        barrier.wait()
+        for _ in range(2000):
+            try:
+                work()
+            except RateLimited:
+                pass
+
+    def asking() -> None:
+        barrier.wait()
+        for _ in range(2000):
+            if limiter.try_acquire():
+                done.append(None)
+
+    barrier = threading.Barrier(4)
+    threads = [threading.Thread(target=body) for body in (decorated, decorated, asking, asking)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert (len(done), limiter.level) == (5000, 5000.0)
+
+
 def test_threads_get_exactly_the_burst_while_the_clock_stands_still() -> None:
     limiter = RateLimiter(1000, burst=1000)
     done: list[None] = []
