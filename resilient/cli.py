@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "2: it could not run.",
     )
     demo.add_argument("--quick", action="store_true", help="ten seconds in place of a minute")
-    demo.add_argument("--seed", type=int, default=1, metavar="N", help="the seed of the schedule (default: 1)")
+    demo.add_argument("--seed", type=int, default=8, metavar="N", help="the seed of the schedule (default: 8)")
     demo.add_argument("--plain", action="store_true", help="lines in place of the live board, without colours")
     demo.add_argument(
         "--orders", type=Path, metavar="FILE", help="a CSV file of orders (default: the 600 that come along)"

@@ -47,7 +47,7 @@ def test_the_demo_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["demo"]) == 7
     assert main(["demo", "--quick", "--seed", "5", "--plain", "--orders", "o.csv", "--json", "n.json"]) == 7
     assert got == [
-        {"quick": False, "seed": 1, "plain": False, "path": BUNDLED, "json_path": None},
+        {"quick": False, "seed": 8, "plain": False, "path": BUNDLED, "json_path": None},
         {"quick": True, "seed": 5, "plain": True, "path": Path("o.csv"), "json_path": Path("n.json")},
     ]
 
