@@ -115,7 +115,7 @@ async def _within_asyncio(
 
     task = asyncio.current_task()
     if task is None:
-        raise RuntimeError("a time limit on a coroutine needs an asyncio task or trio")
+        raise RuntimeError("a time limit needs a task, and this coroutine runs outside of every task")
     before = task.cancelling()
     fired = False
 

@@ -566,7 +566,7 @@ def test_trio_deadline_by_trios_own_clock() -> None:
 
 def test_a_coroutine_outside_of_every_loop_is_told_so() -> None:
     coroutine_object = Timeout(2.0)(coroutine)()
-    with pytest.raises(RuntimeError, match=r"^a time limit on a coroutine needs an asyncio task or trio$"):
+    with pytest.raises(RuntimeError, match=r"^no running event loop$"):
         coroutine_object.send(None)
 
 
@@ -1055,11 +1055,10 @@ def test_frames_do_not_linger(kind: str) -> None:
     def go() -> None:
         guard: Any
         if kind in ("coro", "late"):
-            guard = bench.guard(fails)
-            asyncio.run(guard())
+            asyncio.run(quietly(bench.guard(fails), held))
         elif kind == "stream":
             guard = bench.guard(streams)
-            asyncio.run(drain(guard()))
+            asyncio.run(quietly(lambda: drain(guard()), held))
         elif kind == "gen":
             list(Pipeline(Timeout(2.0, sync="deadline"), env=bench.env)(generates)())
         else:
