@@ -141,6 +141,11 @@ def task_waiter() -> LoopWaiter | TrioWaiter:
     return TrioWaiter() if in_trio() else LoopWaiter()
 
 
+# Ordered, quick to leave from the middle, and it tells that it is empty without a call. This one stays empty: a park
+# gets a queue of its own with its first waiter, since most never have one and an empty one weighs some 170 bytes.
+_NOBODY: OrderedDict[Waiter, None] = OrderedDict()
+
+
 class Park:
     """`limit` slots, and the queue for them. `tokens` holds one entry for each free slot."""
 
@@ -148,8 +153,7 @@ class Park:
 
     def __init__(self, limit: int) -> None:
         self.tokens: list[None] = [None] * limit
-        # Ordered, and quick to leave from the middle. It is empty most of the time, and says so without a call.
-        self.waiters: OrderedDict[Waiter, None] = OrderedDict()
+        self.waiters: OrderedDict[Waiter, None] = _NOBODY
         self.lock = RLock()
 
     def acquire_sync(self, queue: int, clock: Clock, seconds: float | None) -> bool | None:
@@ -220,6 +224,8 @@ class Park:
         with self.lock:
             if len(self.waiters) >= queue and self.waiting >= queue:
                 return False
+            if self.waiters is _NOBODY:
+                self.waiters = OrderedDict()
             self.waiters[waiter] = None
             return True
 
