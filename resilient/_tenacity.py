@@ -7,76 +7,26 @@ wait, stop, then callback or error, else before_sleep, sleep, before. Imported o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Generator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Generator
+from types import CoroutineType, MethodType
+from typing import TYPE_CHECKING, Any, cast
 
 import tenacity
 from tenacity import RetryCallState, TryAgain
-from tenacity.asyncio.retry import async_retry_base
-from tenacity.retry import retry_base
-from tenacity.stop import stop_base
-from tenacity.wait import wait_base
 
+from resilient._attempts import Attempts
+from resilient._strategies import called, check, is_async, judges, own, timed
 from resilient._stream import Opened
-from resilient.retry import Ending, Retry
+from resilient.retry import Retry
 
 if TYPE_CHECKING:
     from resilient._types import Call
     from resilient.policy import Env
 
-__all__ = ["Engine", "adopt", "recognise"]
+__all__ = ["Engine", "adopt"]
 
 Ask = Callable[[Any], Any]
 Steps = Generator[Any, Any, Any]
-
-# Strategies whose answer to a result is always no: a success needs not ask them. Exact types: subclasses may differ.
-_ERRORS_ONLY = {
-    tenacity.retry_if_exception,
-    tenacity.retry_if_exception_type,
-    tenacity.retry_if_not_exception_type,
-    tenacity.retry_if_exception_message,
-    tenacity.retry_if_exception_cause_type,
-}
-# Those that do not look at the time, so that no clock is read before the first attempt.
-_TIMELESS = {tenacity.stop_after_attempt, tenacity.stop_when_event_set}
-
-
-def _named(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or repr(function)
-
-
-class Found(NamedTuple):
-    retry: bool
-    wait: bool
-    stop: bool
-
-
-def recognise(on: Any, wait: Any, stop: Any) -> Found | None:
-    """Which of the three are tenacity's; None if none is."""
-    found = Found(isinstance(on, retry_base), isinstance(wait, wait_base), isinstance(stop, stop_base))
-    return found if any(found) else None
-
-
-def _judges(strategy: Any) -> bool:
-    if type(strategy) in (tenacity.retry_any, tenacity.retry_all):
-        return any(_judges(part) for part in strategy.retries)
-    return type(strategy) not in _ERRORS_ONLY and strategy is not tenacity.retry_never
-
-
-def _timed(strategy: Any) -> bool:
-    if type(strategy) in (tenacity.stop_any, tenacity.stop_all):
-        return any(_timed(part) for part in strategy.stops)
-    return type(strategy) not in _TIMELESS and strategy is not tenacity.stop_never
-
-
-def _is_async(function: Any) -> bool:
-    if type(function) in (tenacity.retry_any, tenacity.retry_all):
-        return any(_is_async(part) for part in function.retries)
-    inner = getattr(function, "predicate", None)
-    called = cast(Any, type(function)).__dict__.get("__call__")
-    return isinstance(function, async_retry_base) or any(
-        inspect.iscoroutinefunction(one) for one in (function, called, inner)
-    )
 
 
 class Engine:
@@ -84,7 +34,6 @@ class Engine:
 
     __slots__ = (
         "after",
-        "asleep",
         "asynchronous",
         "before",
         "before_sleep",
@@ -108,10 +57,9 @@ class Engine:
         self.before_sleep: Ask | None = None
         self.callback: Ask | None = None
         self.sleep: Callable[[float], Any] | None = None
-        self.asleep: Callable[[float], Awaitable[None]] | None = None
         self.error_class: type[tenacity.RetryError] = tenacity.RetryError
         self.reraise = True
-        self.origin: Any = None
+        self.origin: tenacity.BaseRetrying | None = None
         self.enabled = True
         self.judges = False
         self.upfront = False
@@ -135,51 +83,52 @@ class Engine:
             cast(Ask, policy.wait) if wait else backoff,
             policy.stop if stop else enough,
         )
-        made.judges = retry and _judges(policy.on)
-        made._prepare(wait and not type(policy.wait).__module__.startswith("tenacity."), stop and _timed(policy.stop))
+        made.judges = retry and judges(policy.on)
+        made._prepare(wait and own(policy.wait), stop and timed(policy.stop))
         return made
 
-    def _prepare(self, *timed: bool) -> None:
+    @classmethod
+    def adopted(cls, existing: tenacity.BaseRetrying) -> Engine:
+        """The engine of a `Retrying`, with its hooks."""
+        made = cls(existing.retry, existing.wait, existing.stop)
+        nothing = (tenacity.before_nothing, tenacity.after_nothing, tenacity.before_sleep_nothing, None)
+        for hook in ("before", "after", "before_sleep"):
+            given = getattr(existing, hook)
+            setattr(made, hook, None if given in nothing else given)
+        made.callback = existing.retry_error_callback
+        made.error_class, made.reraise = existing.retry_error_cls, existing.reraise
+        made.enabled, made.origin = existing.enabled, existing
+        made.judges = judges(existing.retry)
+        default = inspect.signature(type(existing).__init__).parameters["sleep"].default
+        made.sleep = None if existing.sleep is default else existing.sleep
+        hooks = (made.after, made.before_sleep, made.callback)
+        made._prepare(timed(existing.stop), own(existing.wait), any(hook is not None for hook in hooks))
+        return made
+
+    def _prepare(self, *informed: bool) -> None:
         asked = (self.retry, self.wait, self.stop, self.before, self.after, self.before_sleep, self.callback)
-        for one in asked:
-            if one is not None and _is_async(one):
-                self.asynchronous = _named(one)
-        self.upfront = self.judges or any(timed) or self.before is not None
+        for one in (*asked, self.sleep):
+            if one is not None:
+                check(one)
+                if is_async(one):
+                    self.asynchronous = called(one)
+        self.upfront = self.judges or any(informed) or self.before is not None
 
-    def start(self, policy: Retry, env: Env, call: Call | None, args: Any, kwargs: Any, number: int) -> _Run:
+    def start(self, policy: Retry, env: Env, call: Call | None, args: Any, kwargs: Any, number: int) -> Any:
         """The attempts of one call."""
-        return _Run(self, policy, env, call, args, kwargs, number)
-
-    def coro(self, policy: Retry, call: Call, env: Env) -> Call:
-        """The coroutine shell where something that is asked is async."""
-        scope = policy._scope(env)
-
-        async def retry(*args: Any, **kwargs: Any) -> Any:
-            run = _Run(self, policy, env, call, args, kwargs, 0)
-            asleep = self.asleep or env.clock.asleep
-            with scope():
-                while run.again:
-                    if run.delay > 0:
-                        await asleep(run.delay)
-                    await run.adrive(run.beginning())
-                    try:
-                        value = await call(*args, **kwargs)
-                    except Exception as error:
-                        if not await run.adrive(run.after_error(error)):
-                            raise
-                    else:
-                        await run.adrive(run.after_result(value))
-            return run.answer
-
-        return retry
+        if not self.enabled:
+            return _Once(policy, env, number)
+        return _Attempts(self, policy, env, call, args, kwargs, number)
 
 
 class _State(RetryCallState):
     """A `RetryCallState` that costs little to make and goes by our clock."""
 
-    def __init__(self, run: _Run, engine: Engine, env: Env, call: Call | None, args: Any, kwargs: Any) -> None:
+    def __init__(
+        self, run: Attempts, origin: Any, policy: Retry, env: Env, call: Call | None, args: Any, kwargs: Any
+    ) -> None:
         self.start_time = run._began
-        self.retry_object = engine.origin
+        self.retry_object: Any = origin or policy
         self.fn: Any = call
         self.args, self.kwargs = args, kwargs
         self.attempt_number = max(run.number, 1)
@@ -189,7 +138,7 @@ class _State(RetryCallState):
         self.next_action = None
         self.upcoming_sleep = 0.0
         self.env = env
-        self.name = run._policy.name
+        self.name = policy.name
 
     def get_fn_name(self) -> str:
         # Not of `fn`, which may be the next policy inwards.
@@ -220,29 +169,140 @@ class _Outcome:
         return self._value
 
 
-class _Run(Ending):
+class _Future(tenacity.Future):
+    """The last attempt, for those who get it in the end. Unlike tenacity's own it can cross a process boundary."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Future.construct, (self.attempt_number, self.exception() or self.result(), self.failed)
+
+
+class _Steps(Attempts):
     """The attempts of one call under tenacity's strategies.
 
     Each step is a generator that yields what was answered and is sent it back: as it is, or awaited.
     """
 
-    __slots__ = ("_engine", "state")
+    __slots__ = ("_engine", "_raised", "_state")
 
     def __init__(
         self, engine: Engine, policy: Retry, env: Env, call: Call | None, args: Any, kwargs: Any, number: int
     ) -> None:
         super().__init__(policy, env, number)
         self._engine = engine
-        self.state = _State(self, engine, env, call, args, kwargs)
+        self._raised: tuple[BaseException, BaseException | None] | None = None
+        self._state: Any = _State(self, engine.origin, policy, env, call, args, kwargs)
 
-    def begin(self) -> None:
-        self._drive(self.beginning())
+    @property
+    def asynchronous(self) -> str | None:  # type: ignore[override]
+        return self._engine.asynchronous
+
+    def result(self) -> Any:
+        """Return the answer, or raise the error that tenacity raises in place of the function's own."""
+        raised, self._raised = self._raised, None
+        if raised is None:
+            return self._answer
+        error, cause = raised
+        try:
+            raise error from cause
+        finally:
+            # The error leads to this frame, which must not lead back.
+            del raised, error, cause
+
+    def _beginning(self) -> Steps:
+        self._state.attempt_number = self.number
+        if self._engine.before is not None:
+            yield self._engine.before(self._state)
+
+    def _after_error(self, error: Exception) -> Steps:
+        self._note(None, error)
+        if not isinstance(error, TryAgain) and not (yield self._engine.retry(self._state)):
+            self._state = None
+            return self.pass_on(error)
+        return (yield from self._next(error, error))
+
+    def _after_result(self, value: Any) -> Steps:
+        seen = value.item if type(value) is Opened else value
+        over = type(value) is Opened and value.over
+        if self._engine.judges and not over:
+            self._note(seen, None)
+            if (yield self._engine.retry(self._state)):
+                yield from self._next(None, seen)
+                self._keep(value)
+                return
+        if self._policy._approves(value):
+            self.again, self._answer, self._state = False, value, None
+        else:
+            self._note(seen, None)
+            yield from self._next(None, seen)
+            self._keep(value)
+
+    def _keep(self, value: Any) -> None:
+        """The last result is the answer, unless somebody else has answered or an error is raised in its place."""
+        if not self.again and self._engine.callback is None:
+            self._answer = value
+
+    def _note(self, value: Any, error: BaseException | None) -> None:
+        self._state.outcome = _Outcome(self.number, value, error)
+        self._state.outcome_timestamp = self._env.clock.now()
+
+    def _next(self, error: Exception | None, outcome: Any) -> Steps:
+        engine, state = self._engine, self._state
+        if engine.after is not None:
+            yield engine.after(state)
+        wait = state.upcoming_sleep = yield engine.wait(state)
+        stop = yield engine.stop(state)
+        delay = None if stop else self.fit(wait, outcome)
+        if delay is None:
+            self.give_up(error)
+            self._state = None
+            state.outcome = _Future.construct(self.number, outcome if error is None else error, error is not None)
+            if engine.callback is not None:
+                self._answer = yield engine.callback(state)
+                return True
+            return self._end(error, state.outcome)
+        state.upcoming_sleep = delay
+        state.next_action = tenacity.RetryAction(delay)
+        state.idle_for += delay
+        if engine.before_sleep is not None:
+            yield engine.before_sleep(state)
+        self.go_on(delay, error)
+        state.prepare_for_next_attempt()
+        return True
+
+    def _end(self, error: Exception | None, future: Any) -> bool:
+        """How it ends without success: False if the error goes to the caller, else `result` knows."""
+        engine = self._engine
+        if error is None and engine.origin is None:
+            return False
+        if error is not None and engine.reraise:
+            cause = (error.__cause__ or error.__context__) if isinstance(error, TryAgain) else None
+            if cause is None:
+                return False
+            self._raised = (cause, None)
+        else:
+            self._raised = (engine.error_class(future), error)
+        return True
+
+
+class _Answered(_Steps):
+    """Steps of a plain function: what was answered is sent back as it is."""
+
+    __slots__ = ()
+
+    def pause(self) -> None:
+        if self._engine.sleep is None:
+            super().pause()
+        else:
+            if self.number:
+                self._engine.sleep(self.delay)
+            self.number += 1
+        self._drive(self._beginning())
 
     def failed(self, error: Exception) -> bool:
-        return bool(self._drive(self.after_error(error)))
+        return bool(self._drive(self._after_error(error)))
 
     def returned(self, value: Any) -> None:
-        self._drive(self.after_result(value))
+        self._drive(self._after_result(value))
 
     def _drive(self, steps: Steps) -> Any:
         answer: Any = None
@@ -251,142 +311,82 @@ class _Run(Ending):
                 answer = steps.send(answer)
             except StopIteration as stop:
                 return stop.value
+            if type(answer) is CoroutineType:
+                cast(Any, answer).close()
+                raise TypeError(
+                    "here a strategy must answer at once, and it returned a coroutine: "
+                    "in a coroutine function it may (in a block: `async for` and `async with attempt`)"
+                )
 
-    async def adrive(self, steps: Steps) -> Any:
+
+class _Attempts(_Answered):
+    """And of a coroutine function: what was answered is awaited if it is a coroutine."""
+
+    __slots__ = ()
+
+    async def apause(self) -> None:
+        if self._engine.sleep is None:
+            await super().apause()
+        else:
+            if self.number:
+                slept = self._engine.sleep(self.delay)
+                if inspect.isawaitable(slept):
+                    await slept
+            self.number += 1
+        await self._adrive(self._beginning())
+
+    async def afailed(self, error: Exception) -> bool:
+        return bool(await self._adrive(self._after_error(error)))
+
+    async def areturned(self, value: Any) -> None:
+        await self._adrive(self._after_result(value))
+
+    async def _adrive(self, steps: Steps) -> Any:
         answer: Any = None
         while True:
             try:
                 answer = steps.send(answer)
             except StopIteration as stop:
                 return stop.value
-            if inspect.isawaitable(answer):
-                answer = await answer
+            if type(answer) is CoroutineType:
+                answer = await cast(Any, answer)
 
-    def beginning(self) -> Steps:
-        self.number += 1
-        state = self.state
-        state.attempt_number = self.number
-        state.outcome = state.outcome_timestamp = state.next_action = None
-        if self._engine.before is not None:
-            yield self._engine.before(state)
 
-    def after_error(self, error: Exception) -> Steps:
-        explicit = isinstance(error, TryAgain)
-        self._note(None, error)
-        if not explicit and not (yield self._engine.retry(self.state)):
-            self.again = False
-            self.state.outcome = None
-            return False
-        return (yield from self._next(error, error))
+class _Once(Attempts):
+    """The only attempt of a call whose `Retrying` is not enabled."""
 
-    def after_result(self, value: Any) -> Steps:
-        until = self._policy.until
-        if self._engine.judges and type(value) is not Opened:
-            self._note(value, None)
-            again = yield self._engine.retry(self.state)
-        else:
-            again = False
-        if again:
-            yield from self._next(None, value)
-        elif until is None or until(value):
-            self.again, self.answer = False, value
-        else:
-            self._note(value, None)
-            yield from self._next(None, value)
+    __slots__ = ()
 
-    def _note(self, value: Any, error: BaseException | None) -> None:
-        self.state.outcome = _Outcome(self.number, value, error)
-        self.state.outcome_timestamp = self._env.clock.now()
+    def failed(self, error: Exception) -> bool:
+        self.again = False
+        return False
 
-    def _next(self, error: Exception | None, outcome: Any) -> Steps:
-        engine, state, policy = self._engine, self.state, self._policy
-        if engine.after is not None:
-            yield engine.after(state)
-        state.upcoming_sleep = yield engine.wait(state)
-        stop = yield engine.stop(state)
-        delay = policy._hinted(state.upcoming_sleep, outcome, self._env)
-        if stop or not self.fits(delay):
-            self.gave_up(error)
-            if engine.callback is not None:
-                self.answer = yield engine.callback(state)
-                state.outcome = None
-                return True
-            return self._end(error, outcome)
-        state.upcoming_sleep = delay
-        state.next_action = tenacity.RetryAction(delay)
-        state.idle_for += delay
-        if engine.before_sleep is not None:
-            yield engine.before_sleep(state)
-        self.retrying(delay, error)
-        state.outcome = None
-        return True
+    def returned(self, value: Any) -> None:
+        self.again, self._answer = False, value
 
-    def _end(self, error: Exception | None, outcome: Any) -> bool:
-        """How it ends without success: False if the error goes to the caller, else raise, or keep the last result."""
-        engine, state = self._engine, self.state
-        state.outcome = None
-        if error is None and not engine.judges:
-            self.answer = outcome
-            return False
-        if error is not None and engine.reraise:
-            cause = (error.__cause__ or error.__context__) if isinstance(error, TryAgain) else None
-            if cause is not None:
-                raise cause.with_traceback(cause.__traceback__) from None
-            return False
-        future = tenacity.Future.construct(self.number, outcome if error is None else error, error is not None)
-        try:
-            raise engine.error_class(future) from error
-        finally:
-            # The error holds the future, and this frame must not hold the error in turn.
-            del future, error, outcome
+    async def afailed(self, error: Exception) -> bool:
+        return self.failed(error)
+
+    async def areturned(self, value: Any) -> None:
+        self.returned(value)
 
 
 def adopt(existing: Any) -> Any:
     """See `Retry.adopt`."""
-    retrying = getattr(existing, "retry", None)
-    target = getattr(existing, "__wrapped__", None)
-    if isinstance(retrying, tenacity.BaseRetrying) and callable(target):
-        return adopt(retrying)(target)
-    if not isinstance(existing, tenacity.BaseRetrying):
+    if isinstance(existing, tenacity.BaseRetrying):
+        policy = Retry(Exception, retry_after=None)
+        policy.on, policy.wait, policy.stop = existing.retry, existing.wait, existing.stop
+        policy._engine = Engine.adopted(existing)
+        return policy
+    if isinstance(existing, MethodType):
+        return MethodType(adopt(existing.__func__), existing.__self__)
+    if isinstance(existing, (classmethod, staticmethod)):
+        again: Any = classmethod if isinstance(existing, classmethod) else staticmethod
+        return again(adopt(cast(Any, existing).__func__))
+    retrying, target = getattr(existing, "retry", None), getattr(existing, "__wrapped__", None)
+    if not isinstance(retrying, tenacity.BaseRetrying) or not callable(target):
         raise TypeError(f"cannot adopt {existing!r}: it is neither a tenacity.Retrying nor decorated by tenacity")
-    return _adopted(existing)
-
-
-def _adopted(existing: tenacity.BaseRetrying) -> Retry:
-    policy = Retry(Exception, retry_after=None, name=None)
-    policy.on, policy.wait, policy.stop = existing.retry, existing.wait, existing.stop
-    engine = Engine(existing.retry, existing.wait, existing.stop)
-    hooks = {
-        "before": tenacity.before_nothing,
-        "after": tenacity.after_nothing,
-        "before_sleep": tenacity.before_sleep_nothing,
-    }
-    for hook, nothing in hooks.items():
-        given = getattr(existing, hook)
-        setattr(engine, hook, None if given is nothing else given)
-    engine.callback = existing.retry_error_callback
-    engine.error_class, engine.reraise = existing.retry_error_cls, existing.reraise
-    engine.enabled, engine.origin = existing.enabled, existing
-    engine.judges = _judges(existing.retry)
-    default = inspect.signature(type(existing).__init__).parameters["sleep"].default
-    if existing.sleep is not default:
-        engine.sleep = engine.asleep = existing.sleep  # type: ignore[assignment]
-        if not _is_async(existing.sleep):
-            engine.asleep = _awaited(existing.sleep)
-    engine._prepare(
-        _timed(existing.stop),
-        not type(existing.wait).__module__.startswith("tenacity."),
-        not isinstance(existing.retry, retry_base),
-        any(getattr(engine, hook) is not None for hook in ("after", "before_sleep", "callback")),
-    )
-    policy._engine = engine
-    return policy
-
-
-def _awaited(sleep: Callable[[float], Any]) -> Callable[[float], Awaitable[None]]:
-    async def asleep(seconds: float) -> None:
-        answer = sleep(seconds)
-        if inspect.isawaitable(answer):
-            await answer
-
-    return asleep
+    if getattr(target, "retry", None) is retrying:
+        # `functools.wraps` copies attributes outwards: without this, that decorator would be lost.
+        raise TypeError(f"cannot adopt {existing!r}: another decorator is around tenacity's; adopt what is inside it")
+    return adopt(retrying)(target)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, Protocol
 
-from resilient._ambient import remaining
-from resilient._retry_after import hint
-from resilient._stream import opened_gen, opened_stream
+from resilient._attempts import Attempt, Block, PlainAttempts
+from resilient._stream import Opened, opened_gen, opened_stream
 from resilient._verdict import Errors, quick
 from resilient.errors import Rejected
 from resilient.policy import SYSTEM, Policy, seconds, whole
@@ -26,45 +26,57 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt", "Retry"]
 
-T = TypeVar("T")
-
 BASE = 0.1
 """Seconds: the longest first wait of the default backoff."""
 LIMIT = 10.0
 """Seconds: the longest wait of the default backoff."""
 
+_EXCEPTION = (Exception,)
+_UNLIMITED: Any = nullcontext()
+
+
+class _Three(int):
+    """The default of `attempts`, told apart from a 3 that somebody wrote."""
+
+
+_THREE = _Three(3)
+
 
 class Run(Protocol):
-    """One call that may take several attempts, as the shells drive it.
+    """One call that may take several attempts, as the shells drive it. Coroutine shells use the methods with an `a`.
 
-    While `again`: wait `delay` seconds, `begin`, make the attempt, and say how it ended. `failed` is False if the error
-    goes to the caller; when `again` is no more, `answer` is what the caller gets.
+    While `again`: `pause`, make the attempt, and say how it ended. `failed` is False if the error goes to the caller;
+    when `again` is no more, `result` is what the caller gets, be it an answer or another error.
     """
 
     again: bool
-    delay: float
-    answer: Any
     number: int
+    asynchronous: str | None
 
-    def begin(self) -> None: ...
+    def pause(self) -> None: ...
     def failed(self, error: Exception) -> bool: ...
     def returned(self, value: Any) -> None: ...
+    def result(self) -> Any: ...
+    async def apause(self) -> None: ...
+    async def afailed(self, error: Exception) -> bool: ...
+    async def areturned(self, value: Any) -> None: ...
 
 
 class Retry(Policy):
     """Call again after an error of `on`, until it works, `attempts` were made, or the time is up.
 
     `on`: exception classes, a predicate (error → bool), or a tenacity retry strategy. Refusals by policies inside
-    (`Rejected`) are retried only if a class in `on` names them: an open breaker fails fast.
+    (`Rejected`) are retried only if a class in `on` names them, which `Exception` does not: an open breaker fails fast.
     `wait`: seconds, a tenacity wait strategy, or None: exponential backoff with full jitter, `random() * min(10, 0.1 *
     2**(n-1))` seconds after attempt n (M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
     `stop`: a tenacity stop strategy; it replaces `attempts`.
-    `until` judges results: while it is false the call is made again, and in the end the last result is returned.
+    `until` judges results: while it is false the call is made again, and in the end the last result is returned. Of a
+    generator it judges the first item; generators that were refused are closed.
     `total`: seconds for everything, waits included; policies inside see it as the ambient deadline. A wait that would
     not end before it, or before the ambient deadline, is not begun: the error comes out at once.
     `retry_after`: an error's `retry_after`, or the `Retry-After` header of its `response`, in seconds or as a date,
-    makes a wait longer, up to this many seconds (0 or None: it is not looked at). A response that `until` refused has
-    its say too.
+    makes a wait longer, up to this many seconds (0 or None: it is not looked at). A server that asks for more is not
+    asked again too early instead: the error comes out at once. A response that `until` refused has its say too.
 
     The error that comes out is the function's own, with a note such as "resilient: attempt 3 of 3, 1.2 s" (the time
     since the first attempt ended, or since the call with `total`). Raises `TypeError` or `ValueError` for settings
@@ -83,9 +95,10 @@ class Retry(Policy):
     """
 
     __slots__ = (
+        "_classes",
         "_engine",
-        "_on",
-        "_refusals",
+        "_named",
+        "_predicates",
         "attempts",
         "name",
         "on",
@@ -102,7 +115,7 @@ class Retry(Policy):
         self,
         on: Any,
         *,
-        attempts: int = 3,
+        attempts: int = _THREE,
         wait: Any = None,
         stop: Any = None,
         until: Callable[[Any], bool] | None = None,
@@ -110,7 +123,7 @@ class Retry(Policy):
         retry_after: float | None = 60.0,
         name: str | None = None,
     ) -> None:
-        self.attempts = whole("attempts", attempts)
+        self.attempts = 3 if attempts is _THREE else whole("attempts", attempts)
         self.total = None if total is None else seconds("total", total)
         self.retry_after = seconds("retry_after", retry_after, zero=True) if retry_after is not None else 0.0
         if until is not None and not callable(until):
@@ -120,27 +133,39 @@ class Retry(Policy):
         self._engine: Engine | None = None
         self.on, self.wait, self.stop = on, wait, stop
         foreign = _strategies(on, wait, stop)
-        self._on = None if foreign and foreign.retry else Errors("on", on, failures=True)
-        if self._on is not None and not self._on.listed():
-            raise ValueError("on must name at least one error")
-        self._refusals = tuple(one for one in self._on.classes if issubclass(one, Rejected)) if self._on else ()
+        self._classes: tuple[type[BaseException], ...] = ()
+        self._named: tuple[type[BaseException], ...] = ()
+        self._predicates: tuple[Callable[[Any], Any], ...] = ()
+        if not (foreign and foreign.retry):
+            self._choose(on)
         if wait is not None and not (foreign and foreign.wait):
             if not isinstance(wait, (int, float)):
                 raise TypeError(f"wait must be seconds or a tenacity wait strategy, not {wait!r}")
             self.wait = seconds("wait", wait, zero=True)
         if stop is not None and not (foreign and foreign.stop):
             raise TypeError(f"stop must be a tenacity stop strategy, not {stop!r}")
+        if stop is not None and attempts is not _THREE:
+            raise TypeError(f"stop replaces attempts: leave attempts={attempts!r} out, or say stop_after_attempt(...)")
         if foreign:
             from resilient._tenacity import Engine
 
             self._engine = Engine.of(self, foreign.retry, foreign.wait, foreign.stop)
 
+    def _choose(self, on: Any) -> None:
+        errors = Errors("on", on, failures=True)
+        if not errors.listed():
+            raise ValueError("on must name at least one error")
+        self._classes = _EXCEPTION if errors.classes == _EXCEPTION else errors.classes
+        self._named = tuple(one for one in errors.classes if not issubclass(Rejected, one) or one is Rejected)
+        self._predicates = errors.predicates
+
     @staticmethod
     def adopt(existing: Any) -> Any:
         """Take over from tenacity: a `Retrying` or `AsyncRetrying` becomes a policy with the same decisions and hooks.
 
-        A function that tenacity has decorated becomes the same function under such a policy, at the cost of ours.
-        Raises `TypeError` for anything else.
+        A function that tenacity has decorated becomes the same function under such a policy, at the cost of ours; of a
+        bound method, too. The settings are read now: what is changed in `existing` later has no effect. Raises
+        `TypeError` for anything else.
         """
         from resilient._tenacity import adopt
 
@@ -163,17 +188,31 @@ class Retry(Policy):
     def sync(self, call: Call, env: Env) -> Call:
         """Call again after a failure that may pass."""
         engine = self._engine
-        if engine is not None and not engine.enabled:
-            return call
         if engine is not None and engine.asynchronous:
             raise TypeError(f"{self.name}: {engine.asynchronous} is async, and the function is not")
-        start, resume = self._start, self._resume
-        if self._upfront:
-            scope = self._scope(env)
+        if self.total is not None or (engine is not None and (engine.upfront or self.until is not None)):
 
             def retry(*args: Any, **kwargs: Any) -> Any:
-                with scope():
-                    return resume(start(env, call, args, kwargs, 0), env, call, args, kwargs)
+                with self._scope(env):
+                    return self._resume(self._start(env, call, args, kwargs, 0), call, args, kwargs)
+
+        elif self.until is not None:
+
+            def retry(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    value = call(*args, **kwargs)
+                except Exception as error:
+                    run = self._start(env, call, args, kwargs, 1)
+                    if not run.failed(error):
+                        raise
+                else:
+                    if self._approves(value):
+                        return value
+                    run = self._start(env, call, args, kwargs, 1)
+                    run.refused(value)
+                    if run.again and type(value) is Opened:
+                        value.source.close()
+                return self._resume(run, call, args, kwargs)
 
         else:
 
@@ -181,27 +220,39 @@ class Retry(Policy):
                 try:
                     return call(*args, **kwargs)
                 except Exception as error:
-                    run = start(env, call, args, kwargs, 1)
+                    run = self._start(env, call, args, kwargs, 1)
                     if not run.failed(error):
                         raise
-                return resume(run, env, call, args, kwargs)
+                return self._resume(run, call, args, kwargs)
 
         return retry
 
     def coro(self, call: Call, env: Env) -> Call:
         """Call again after a failure that may pass."""
         engine = self._engine
-        if engine is not None and not engine.enabled:
-            return call
-        if engine is not None and engine.asynchronous:
-            return engine.coro(self, call, env)
-        start, aresume = self._start, self._aresume
-        if self._upfront:
-            scope = self._scope(env)
+        if self.total is not None or (engine is not None and (engine.upfront or self.until is not None)):
 
             async def retry(*args: Any, **kwargs: Any) -> Any:
-                with scope():
-                    return await aresume(start(env, call, args, kwargs, 0), env, call, args, kwargs)
+                with self._scope(env):
+                    return await self._aresume(self._start(env, call, args, kwargs, 0), call, args, kwargs)
+
+        elif self.until is not None:
+
+            async def retry(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    value = await call(*args, **kwargs)
+                except Exception as error:
+                    run = self._start(env, call, args, kwargs, 1)
+                    if not await run.afailed(error):
+                        raise
+                else:
+                    if self._approves(value):
+                        return value
+                    run = self._start(env, call, args, kwargs, 1)
+                    run.refused(value)
+                    if run.again and type(value) is Opened:
+                        await value.source.aclose()
+                return await self._aresume(run, call, args, kwargs)
 
         else:
 
@@ -209,29 +260,26 @@ class Retry(Policy):
                 try:
                     return await call(*args, **kwargs)
                 except Exception as error:
-                    run = start(env, call, args, kwargs, 1)
-                    if not run.failed(error):
+                    run = self._start(env, call, args, kwargs, 1)
+                    if not await run.afailed(error):
                         raise
-                return await aresume(run, env, call, args, kwargs)
+                return await self._aresume(run, call, args, kwargs)
 
         return retry
 
     def gen(self, call: Call, env: Env) -> Call:
-        """Open the generator again if it fails before its first item."""
-        self._refuse_results("a generator")
+        """Open the generator again if it fails before its first item, or `until` refuses that."""
+        self._refuse_callback("a generator")
         return opened_gen(call, lambda opening: self.sync(opening, env))
 
     def stream(self, call: Call, env: Env) -> Call:
-        """Open the async generator again if it fails before its first item."""
-        self._refuse_results("an async generator")
+        """Open the async generator again if it fails before its first item, or `until` refuses that."""
+        self._refuse_callback("an async generator")
         return opened_stream(call, lambda opening: self.coro(opening, env))
 
-    def _resume(self, run: Run, env: Env, call: Call, args: Any, kwargs: Any) -> Any:
-        sleep = self._engine.sleep if self._engine is not None and self._engine.sleep else env.clock.sleep
+    def _resume(self, run: Run, call: Call, args: Any, kwargs: Any) -> Any:
         while run.again:
-            if run.delay > 0:
-                sleep(run.delay)
-            run.begin()
+            run.pause()
             try:
                 value = call(*args, **kwargs)
             except Exception as error:
@@ -239,29 +287,28 @@ class Retry(Policy):
                     raise
             else:
                 run.returned(value)
-        return run.answer
+                if run.again and type(value) is Opened:
+                    value.source.close()
+        return run.result()
 
-    async def _aresume(self, run: Run, env: Env, call: Call, args: Any, kwargs: Any) -> Any:
-        asleep = self._engine.asleep if self._engine is not None and self._engine.asleep else env.clock.asleep
+    async def _aresume(self, run: Run, call: Call, args: Any, kwargs: Any) -> Any:
         while run.again:
-            if run.delay > 0:
-                await asleep(run.delay)
-            run.begin()
+            await run.apause()
             try:
                 value = await call(*args, **kwargs)
             except Exception as error:
-                if not run.failed(error):
+                if not await run.afailed(error):
                     raise
             else:
-                run.returned(value)
-        return run.answer
+                await run.areturned(value)
+                if run.again and type(value) is Opened:
+                    await value.source.aclose()
+        return run.result()
 
     # -- the block form ------------------------------------------------------------------------------------------
 
     def block(self, env: Env = SYSTEM) -> Block:
         """`for attempt in retry.block(env)`: the block form in another environment than the system's."""
-        if self._engine is not None and self._engine.asynchronous:
-            raise TypeError(f"{self._engine.asynchronous} is async: it can guard coroutine functions, not blocks")
         return Block(self, env)
 
     def __iter__(self) -> Iterator[Attempt]:
@@ -274,198 +321,53 @@ class Retry(Policy):
 
     # -- decisions -----------------------------------------------------------------------------------------------
 
-    @property
-    def _upfront(self) -> bool:
-        # Whether something must be known before the first attempt, or asked after its success.
-        engine = self._engine
-        return self.until is not None or self.total is not None or (engine is not None and engine.upfront)
-
-    def _scope(self, env: Env) -> Callable[[], Any]:
+    def _scope(self, env: Env) -> AbstractContextManager[None]:
         if self.total is None:
-            return nullcontext
-        from resilient.timeout import deadline
+            return _UNLIMITED  # type: ignore[no-any-return]
+        from resilient._ambient import deadline
 
-        total = self.total
-        return lambda: deadline(total, clock=env.clock)
+        return deadline(self.total, clock=env.clock)
 
-    def _start(self, env: Env, call: Call | None, args: Any, kwargs: Any, number: int) -> Run:
+    def _start(self, env: Env, call: Call | None, args: Any, kwargs: Any, number: int) -> Any:
         if self._engine is not None:
             return self._engine.start(self, env, call, args, kwargs, number)
-        return _Run(self, env, number)
+        return PlainAttempts(self, env, number)
 
-    def _refuse_results(self, what: str) -> None:
-        if self.until is not None or (self._engine is not None and self._engine.judges):
-            raise TypeError(f"{self.name}: until judges results, and {what} has items: judge them where they are used")
+    def _refuse_callback(self, what: str) -> None:
+        if self._engine is not None and self._engine.callback is not None:
+            raise TypeError(f"{self.name}: retry_error_callback answers in place of a function, and not of {what}")
 
     def _wants(self, error: Exception) -> bool:
-        on = self._on
-        assert on is not None
-        if isinstance(error, Rejected) and not isinstance(error, self._refusals):
-            # `on=Exception` does not mean to knock at a closed door; a predicate that says so does.
-            return any(predicate(error) for predicate in on.predicates)
-        return error in on
+        # `on=Exception` does not mean to knock at a closed door; a predicate that says so does.
+        if isinstance(error, self._classes) and (not isinstance(error, Rejected) or isinstance(error, self._named)):
+            return True
+        return any(_told("on", predicate(error)) for predicate in self._predicates)
+
+    def _approves(self, value: Any) -> bool:
+        if self.until is None:
+            return True
+        if type(value) is Opened:
+            return value.over or _told("until", self.until(value.item))
+        return _told("until", self.until(value))
 
     def _backoff(self, number: int, env: Env) -> float:
         if self.wait is not None:
             return float(self.wait)
         return env.rng.random() * min(LIMIT, BASE * 2.0 ** min(number - 1, 32))
 
-    def _hinted(self, delay: float, outcome: Any, env: Env) -> float:
-        return max(delay, min(hint(outcome, env), self.retry_after)) if self.retry_after else delay
 
-
-class Ending:
-    """What every run of attempts shares: is there time, and what is said at the end."""
-
-    __slots__ = ("_began", "_env", "_policy", "_until", "again", "answer", "delay", "number")
-
-    number: int
-    again: bool
-    delay: float
-
-    def __init__(self, policy: Retry, env: Env, number: int) -> None:
-        self._policy, self._env, self.number = policy, env, number
-        self._began = env.clock.now()
-        self._until = None if policy.total is None else self._began + policy.total
-        self.again = True
-        self.delay = 0.0
-        self.answer: Any = None
-
-    def fits(self, delay: float) -> bool:
-        """Whether a wait of `delay` seconds leaves time for an attempt."""
-        if self._until is not None and self._env.clock.now() + delay >= self._until:
-            return False
-        left = remaining()
-        return left is None or delay < left
-
-    def retrying(self, delay: float, error: Exception | None) -> None:
-        """Go on after `delay` seconds."""
-        self.delay = delay
-        if self._env.sinks:
-            from resilient.events import Retrying
-
-            self._env.emit(Retrying(self._policy.name or "Retry", self.number, delay, error))
-
-    def gave_up(self, error: Exception | None) -> None:
-        """Go on no more; the error says how much was tried."""
-        self.again = False
-        elapsed = self._env.clock.now() - self._began
-        if error is not None:
-            of = f" of {self._policy.attempts}" if self._policy.stop is None else ""
-            error.add_note(f"resilient: attempt {self.number}{of}, {elapsed:.1f} s")
-        if self._env.sinks:
-            from resilient.events import GaveUp
-
-            self._env.emit(GaveUp(self._policy.name or "Retry", self.number, elapsed, error))
-
-
-class _Run(Ending):
-    """The attempts of one call."""
-
-    __slots__ = ()
-
-    def begin(self) -> None:
-        self.number += 1
-
-    def failed(self, error: Exception) -> bool:
-        if not self._policy._wants(error):
-            self.again = False
-            return False
-        return self._next(error, error)
-
-    def returned(self, value: Any) -> None:
-        until = self._policy.until
-        if until is None or until(value) or not self._next(None, value):
-            self.again = False
-            self.answer = value
-
-    def _next(self, error: Exception | None, outcome: Any) -> bool:
-        policy, env = self._policy, self._env
-        if self.number < policy.attempts:
-            delay = policy._hinted(policy._backoff(self.number, env), outcome, env)
-            if self.fits(delay):
-                self.retrying(delay, error)
-                return True
-        self.gave_up(error)
-        return False
-
-
-class Attempt:
-    """One turn of a block: `with attempt:` around what may fail. `number` counts from 1."""
-
-    __slots__ = ("_run", "_value", "number", "used")
-
-    def __init__(self, run: Run) -> None:
-        self._run, self.number, self.used = run, run.number, False
-        self._value: tuple[Any, ...] = ()
-
-    def result(self, value: T) -> T:
-        """Have `until` judge `value` when the block ends; returns it."""
-        self._value = (value,)
-        return value
-
-    def __enter__(self) -> Attempt:
-        self.used = True
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if error is None:
-            self.end()
-            return False
-        if not isinstance(error, Exception):
-            self._run.again = False
-            return False
-        return self._run.failed(error)
-
-    async def __aenter__(self) -> Attempt:
-        return self.__enter__()
-
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        return self.__exit__(kind, error, trace)
-
-    def end(self) -> None:
-        """The block ended well."""
-        if self._value:
-            self._run.returned(self._value[0])
-        else:
-            self._run.again = False
-
-
-class Block:
-    """A loop over attempts. Each loop has its own: several tasks may share one `Retry`."""
-
-    __slots__ = ("_env", "_policy")
-
-    def __init__(self, policy: Retry, env: Env) -> None:
-        self._policy, self._env = policy, env
-
-    def __iter__(self) -> Iterator[Attempt]:
-        run = self._policy._start(self._env, None, (), {}, 0)
-        while run.again:
-            if run.delay > 0:
-                self._env.clock.sleep(run.delay)
-            run.begin()
-            attempt = Attempt(run)
-            yield attempt
-            if not attempt.used:
-                attempt.end()
-
-    async def __aiter__(self) -> AsyncIterator[Attempt]:
-        run = self._policy._start(self._env, None, (), {}, 0)
-        while run.again:
-            if run.delay > 0:
-                await self._env.clock.asleep(run.delay)
-            run.begin()
-            attempt = Attempt(run)
-            yield attempt
-            if not attempt.used:
-                attempt.end()
+def _told(parameter: str, verdict: Any) -> bool:
+    """A verdict as a bool. A coroutine is none: it would be true whatever it holds."""
+    if type(verdict) is CoroutineType:
+        verdict.close()
+        raise TypeError(f"{parameter} must answer at once, and it returned a coroutine")
+    return bool(verdict)
 
 
 def _strategies(on: Any, wait: Any, stop: Any) -> Any:
     """Which of the three come from tenacity, if any; tenacity is not imported to find out."""
     if "tenacity" not in sys.modules:
         return None
-    from resilient._tenacity import recognise
+    from resilient._strategies import recognise
 
     return recognise(on, wait, stop)

@@ -17,7 +17,7 @@ FLOORS: dict[int, str] = {
     0: "errors events clock _types",
     1: "_lifecycle _retry_after _window _park _match _guard _stream _order",
     2: "policy _aio _ambient _latency _pace _threads _circuit _trip _verdict _tenacity _pybreaker "
-    "retry breaker bulkhead ratelimit timeout fallback hedge",
+    "_strategies _attempts retry breaker bulkhead ratelimit timeout fallback hedge",
     3: "pipeline patching __init__",
     5: "testing cli demo",
 }

@@ -7,14 +7,18 @@ import gc
 import random  # noqa: TID251
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
+from tenacity import stop_never
 
 import resilient
 from resilient import BulkheadFull, Env, Pipeline, Rejected, Retry, deadline
@@ -262,6 +266,17 @@ def test_until_judges_results(drive: Driver) -> None:
 
 
 @where_results_are
+def test_errors_are_judged_beside_results(drive: Driver) -> None:
+    clock, script = FakeClock(), Script(ConnectionError(), None, ConnectionError(), "ready")
+    policy = Retry(ConnectionError, until=bool, wait=1.0, attempts=5)
+    assert drive(policy, script, Env(clock)) == "ready"
+    assert clock.slept == [1.0, 1.0, 1.0]
+    assert drive(policy, Script("at once"), Env(clock)) == "at once"
+    with pytest.raises(KeyError):
+        drive(policy, Script(KeyError()), Env(clock))
+
+
+@where_results_are
 def test_the_last_result_is_returned_when_until_is_never_true(drive: Driver) -> None:
     script, recorder = Script(0), Recorder()
     policy = Retry(ConnectionError, until=bool, wait=0, name="r")
@@ -270,19 +285,55 @@ def test_the_last_result_is_returned_when_until_is_never_true(drive: Driver) -> 
     assert recorder.of(resilient.GaveUp) == [resilient.GaveUp("r", 3, 0.0, None)]
 
 
-def test_until_has_nothing_to_judge_in_generators() -> None:
-    policy = Retry(ConnectionError, until=bool)
+def test_until_judges_the_first_item_and_what_it_refuses_is_closed() -> None:
+    closed: list[int] = []
+    items = iter([0, 0, 5, 0, 0, 0])
 
-    def items() -> Iterator[int]:
-        yield 1
+    def generator() -> Generator[int, None, None]:
+        item = next(items)
+        try:
+            yield item
+            yield 9
+        finally:
+            closed.append(item)
 
-    async def aitems() -> AsyncGenerator[int, None]:
-        yield 1
+    policy = Retry(ConnectionError, until=bool, wait=1.0)
+    guarded = Pipeline(policy, env=Env(FakeClock()))(generator)
+    assert list(guarded()) == [5, 9]
+    assert closed == [0, 0, 5]
+    last = guarded()
+    assert (next(last), closed) == (0, [0, 0, 5, 0, 0])
+    assert list(last) == [9]
 
-    with pytest.raises(TypeError, match="until judges results, and a generator has items"):
-        policy(items)
-    with pytest.raises(TypeError, match="until judges results, and an async generator has items"):
-        policy(aitems)
+
+def test_until_judges_the_first_item_of_streams() -> None:
+    closed: list[int] = []
+
+    async def main(*firsts: int, **settings: Any) -> list[int]:
+        items = iter(firsts)
+
+        async def stream() -> AsyncGenerator[int, None]:
+            item = next(items)
+            try:
+                yield item
+            finally:
+                closed.append(item)
+
+        policy = Retry(ConnectionError, until=bool, wait=1.0, **settings)
+        return [item async for item in Pipeline(policy, env=Env(FakeClock()))(stream)()]
+
+    assert asyncio.run(main(0, 0, 5)) == [5]
+    assert asyncio.run(main(0, 0, 5, total=9.0)) == [5]
+    assert asyncio.run(main(0, 0, 0)) == [0]
+    assert closed == [0, 0, 5, 0, 0, 5, 0, 0, 0]
+
+
+def test_a_generator_without_items_is_not_refused() -> None:
+    def generator() -> Generator[int, None, str]:
+        return "end"
+        yield
+
+    assert list(Retry(ConnectionError, until=bool)(generator)()) == []
 
 
 def test_blocks_without_a_result_are_good_as_they_end() -> None:
@@ -324,7 +375,7 @@ DATE = format_datetime(EPOCH + timedelta(seconds=7), usegmt=True)
         (failed_with(response=response(DATE)), 7.0),
         (failed_with(response=response(DATE.replace("GMT", "-0000"))), 7.0),
         (failed_with(headers={"Retry-After": "7"}), 7.0),
-        (failed_with(retry_after=600), 60.0),
+        (failed_with(retry_after=60), 60.0),
         (failed_with(retry_after=0.1), 1.0),
         (failed_with(retry_after=-7), 1.0),
         (failed_with(retry_after=float("nan")), 1.0),
@@ -346,11 +397,82 @@ def test_nopanic_retry_after_is_honoured_in_every_form(drive: Driver, error: Exc
 
 
 def test_retry_after_can_be_turned_off_and_its_cap_moved() -> None:
-    for cap, slept in ((None, 1.0), (0, 1.0), (3.0, 3.0)):
+    for cap, slept in ((None, 1.0), (0, 1.0), (100.0, 90.0)):
         clock = FakeClock()
         policy = Retry(ConnectionError, wait=1.0, retry_after=cap)
-        assert by_call(policy, Script(failed_with(retry_after=7), 1), Env(clock)) == 1
+        assert by_call(policy, Script(failed_with(retry_after=90), 1), Env(clock)) == 1
         assert clock.slept == [slept]
+
+
+@everywhere
+def test_who_asks_for_more_than_the_cap_is_not_asked_earlier(drive: Driver) -> None:
+    """A retry after the cap would come before the server wants it, and cost it more than an answer."""
+    clock, error = FakeClock(), failed_with(retry_after=600)
+    script = Script(error, 1)
+    with pytest.raises(ConnectionError):
+        drive(Retry(ConnectionError, wait=1.0), script, Env(clock))
+    assert (script.calls, clock.slept) == (1, [])
+    assert error.__notes__ == ["resilient: attempt 1 of 3, 0.0 s; asked to come back in 600 s, which is more than 60 s"]
+
+
+class Coarse(FakeClock):
+    """A clock whose first timer fires 15 ms early."""
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.advance(seconds - 0.015 if len(self.slept) == 1 else seconds)
+
+    async def asleep(self, seconds: float) -> None:
+        self.sleep(seconds)
+
+
+@pytest.mark.parametrize("drive", [by_call, by_await])
+def test_dotnet_extensions_7001_no_retry_before_retry_after(drive: Driver) -> None:
+    """dotnet/extensions#7001: a coarse timer made retries up to 11 ms before Retry-After."""
+    clock = Coarse()
+    assert drive(Retry(ConnectionError, wait=0), Script(failed_with(retry_after=5), 1), Env(clock)) == 1
+    assert clock.now() >= 5.0
+    assert clock.slept == [5.0, pytest.approx(0.015)]
+    plain = Coarse()
+    assert drive(Retry(ConnectionError, wait=5.0), Script(ConnectionError(), 1), Env(plain)) == 1
+    assert plain.slept == [5.0]
+
+
+class Hostile(ConnectionError):
+    """Looking at it raises."""
+
+    @property
+    def response(self) -> Any:
+        raise RuntimeError("no response was set")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Hostile(),
+        failed_with(retry_after=10**400),
+        failed_with(retry_after=lambda: 7),
+        failed_with(headers={"Retry-After": "1e1"}),
+        failed_with(headers={"Retry-After": "1_0"}),
+        failed_with(headers={"Retry-After": "\u0663"}),
+        failed_with(headers={"Retry-After": "Fri, 32 Foo 2026 99:99:99 GMT"}),
+        failed_with(headers=["Retry-After", "7"]),
+        failed_with(headers=SimpleNamespace(get=7)),
+        failed_with(response=SimpleNamespace(headers=SimpleNamespace(get=lambda name: 1 / 0))),
+    ],
+)
+def test_what_makes_no_sense_as_retry_after_says_nothing(error: Exception) -> None:
+    clock = FakeClock()
+    assert by_call(Retry(ConnectionError, wait=1.0), Script(error, "ok"), Env(clock)) == "ok"
+    assert clock.slept == [1.0]
+
+
+def test_the_first_place_that_makes_sense_is_believed() -> None:
+    clock = FakeClock(epoch=EPOCH.timestamp())
+    asctime = (EPOCH + timedelta(seconds=9)).strftime("%a %b %d %H:%M:%S %Y")
+    error = failed_with(retry_after=lambda: 5, headers={"Retry-After": "no"}, response=response(asctime))
+    assert by_call(Retry(ConnectionError, wait=1.0), Script(error, "ok"), Env(clock)) == "ok"
+    assert clock.slept == [9.0]
 
 
 def test_a_refused_response_may_say_when_to_come_back() -> None:
@@ -385,6 +507,18 @@ def test_refusals_that_are_named_are_retried_when_they_say(on: Any) -> None:
     assert clock.slept == [5.0]
 
 
+def test_a_foreign_class_names_refusals_too() -> None:
+    """`BreakerOpen` is a `pybreaker.CircuitBreakerError`: who writes that class means it."""
+    import pybreaker
+
+    refusal = resilient.BreakerOpen("b", 2.0)
+    clock = FakeClock()
+    assert by_call(Retry(pybreaker.CircuitBreakerError, wait=0), Script(refusal, 1), Env(clock)) == 1
+    assert clock.slept == [2.0]
+    with pytest.raises(resilient.BreakerOpen):
+        by_call(Retry(resilient.ResilientError, wait=0), Script(refusal, 1), Env(FakeClock()))
+
+
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +531,13 @@ def test_blocks_count_their_attempts() -> None:
             if attempt.number < 3:
                 raise ConnectionError
     assert numbers == [1, 2, 3]
+
+
+def test_what_is_begun_can_be_iterated_on() -> None:
+    begun = iter(Retry(ConnectionError, wait=0))
+    assert iter(begun) is begun
+    abegun = aiter(Retry(ConnectionError, wait=0))
+    assert aiter(abegun) is abegun
 
 
 def test_a_block_that_forgets_its_with_runs_once() -> None:
@@ -451,6 +592,51 @@ def test_tenacity_701_threads_share_no_attempt_numbers() -> None:
     for thread in threads:
         thread.join()
     assert seen == [[1, 2, 3, 4, 5]] * 4
+
+
+@pytest.mark.parametrize("run", [asyncio.run, trio.run])
+def test_an_async_block_may_be_left_in_any_way(run: Callable[..., Any]) -> None:
+    """An async generator would wait for the garbage collector: trio warns, asyncio makes a task to close it."""
+
+    async def nothing() -> None:
+        async for attempt in Retry(ConnectionError, wait=0):
+            async with attempt:
+                break
+
+    async def main() -> None:
+        await nothing()
+        with pytest.raises(KeyError):
+            async for attempt in Retry(ConnectionError, wait=0):
+                with attempt:
+                    raise KeyError
+        with pytest.raises(ConnectionError):
+            async for attempt in Retry(ConnectionError, wait=0):
+                async with attempt:
+                    raise ConnectionError
+        if run is asyncio.run:
+            assert len(asyncio.all_tasks()) == 1
+
+    run(main) if run is trio.run else run(main())
+    gc.collect()
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_interrupts_leave_a_block_at_once(judged: bool) -> None:
+    async def main() -> None:
+        async for attempt in Retry(ConnectionError, wait=0):
+            async with attempt:
+                attempt.result(judged)
+                raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
+    turns = 0
+    with pytest.raises(KeyboardInterrupt):
+        for attempt in Retry(ConnectionError, wait=0):
+            with attempt:
+                turns += 1
+                raise KeyboardInterrupt
+    assert turns == 1
 
 
 # -- cancellation ----------------------------------------------------------------------------------------------------
@@ -570,6 +756,51 @@ def test_methods_in_both_decorator_orders() -> None:
     assert (Service.outside(), Service.inside()) == (3, 1)
 
 
+def failing_with(error: Exception, times: int, policy: Retry) -> None:
+    def function() -> None:
+        raise error
+
+    guarded = Pipeline(policy, env=Env(FakeClock()))(function)
+    for _ in range(times):
+        with pytest.raises(type(error)):
+            guarded()
+
+
+def test_an_error_that_is_raised_again_and_again_has_one_note_of_ours() -> None:
+    error = ConnectionError()
+    error.add_note("mine")
+    failing_with(error, 3, Retry(ConnectionError, wait=0.5))
+    assert error.__notes__ == ["mine", "resilient: attempt 3 of 3, 1.0 s"]
+
+
+def test_an_error_that_takes_no_note_is_still_the_one_that_comes_out() -> None:
+    """A frozen dataclass refuses the attribute: its own error must not be replaced by that."""
+
+    @dataclass(frozen=True)
+    class Frozen(Exception):
+        code: int
+
+    failing_with(Frozen(3), 1, Retry(Frozen, wait=0))
+
+
+@everywhere
+def test_an_error_that_ends_the_retries_says_that_there_were_some(drive: Driver) -> None:
+    error, recorder = KeyError("other"), Recorder()
+    env = Env(FakeClock(), sinks=[recorder])
+    with pytest.raises(KeyError):
+        drive(Retry(ConnectionError, wait=0.5, name="r"), Script(ConnectionError(), error), env)
+    assert error.__notes__ == ["resilient: attempt 2 of 3, 0.5 s; not retried"]
+    assert recorder.of(resilient.GaveUp) == [resilient.GaveUp("r", 2, 0.5, error)]
+
+
+def test_the_note_says_when_there_was_no_time() -> None:
+    error = ConnectionError()
+    failing_with(error, 1, Retry(ConnectionError, wait=7.0, total=5.0))
+    assert error.__notes__ == [
+        "resilient: attempt 1 of 3, 0.0 s; a wait of 7 s does not fit into the 5 s that are left"
+    ]
+
+
 # -- settings that make no sense -------------------------------------------------------------------------------------
 
 
@@ -589,6 +820,7 @@ def test_methods_in_both_decorator_orders() -> None:
         ({"wait": float("nan")}, ValueError, "wait must be a finite number of at least 0, not nan"),
         ({"wait": "1"}, TypeError, "wait must be seconds or a tenacity wait strategy, not '1'"),
         ({"wait": True}, TypeError, "wait must be a number, not True"),
+        ({"stop": stop_never, "attempts": 3}, TypeError, "stop replaces attempts: leave attempts=3 out"),
         ({"stop": 3}, TypeError, "stop must be a tenacity stop strategy, not 3"),
         ({"total": 0}, ValueError, "total must be a finite number above 0, not 0"),
         ({"retry_after": -1}, ValueError, "retry_after must be a finite number of at least 0, not -1"),
@@ -612,6 +844,25 @@ def test_async_predicates_are_refused() -> None:
         Retry(predicate)
     with pytest.raises(TypeError, match=r"until must answer at once, and .*predicate is a coroutine function"):
         Retry(ConnectionError, until=predicate)  # type: ignore[arg-type] # pyright: ignore
+
+
+def test_what_turns_out_to_be_async_is_refused_when_it_answers() -> None:
+    """A coroutine is always true: it would be retried for ever."""
+
+    async def predicate(value: Any) -> bool:
+        return False
+
+    for policy in (Retry(lambda error: predicate(error)), Retry(ConnectionError, until=lambda value: predicate(value))):  # type: ignore[arg-type, return-value] # pyright: ignore
+        with pytest.raises(TypeError, match=r"must answer at once, and it returned a coroutine"):
+            by_call(policy, Script(KeyError()) if policy.until is None else Script(1), Env(FakeClock()))
+
+    class Predicate:
+        async def __call__(self, value: Any) -> bool:
+            return False
+
+    for one, name in ((partial(predicate), "predicate"), (Predicate(), "__call__")):
+        with pytest.raises(TypeError, match=f"on must answer at once, and .*{name} is a coroutine function"):
+            Retry(one)
 
 
 def test_it_describes_itself() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
+import pickle  # noqa: TID251
 import random  # noqa: TID251
 import sys
 from collections.abc import Callable, Iterator
@@ -221,7 +223,7 @@ def test_an_adopted_async_retrying_decides_as_tenacity_does(
 @SETTINGS
 @given(outcomes, retries, stops, waits)
 def test_strategies_as_settings_decide_as_tenacity_does(plan: list[Any], retry: Any, stop: Any, wait: Any) -> None:
-    """`Retry(on=…, stop=…, wait=…)` is tenacity with `reraise=True`."""
+    """`Retry(on=…, stop=…, wait=…)` is tenacity with `reraise=True`; a last result is returned, as for `until`."""
     theirs, ours = World(), World()
     retrying = tenacity.Retrying(retry=retry, stop=stop, wait=wait, sleep=theirs.sleep, reraise=True)
     expected = ended(theirs, lambda: retrying(script(plan, theirs)))
@@ -230,6 +232,8 @@ def test_strategies_as_settings_decide_as_tenacity_does(plan: list[Any], retry: 
     def function() -> Any:
         return call()
 
+    if expected[0] == "RetryError":
+        expected = ("value", expected[2])
     policy = Retry(retry, stop=stop, wait=wait)
     assert ended(ours, Pipeline(policy, env=Env(Ticking(ours)))(function)) == expected
     assert ours.log == theirs.log
@@ -333,8 +337,9 @@ def test_user_strategies_may_read_everything() -> None:
         if calls == 1:
             raise Fault
 
-    Pipeline(Retry(Fault, wait=Nosy(), stop=Stop()), env=Env(FakeClock(3.0)))(function)(1, b=2)
-    assert seen == [(function.__qualname__, (1,), {"b": 2}, None, 3.0)]
+    policy = Retry(Fault, wait=Nosy(), stop=Stop())
+    Pipeline(policy, env=Env(FakeClock(3.0)))(function)(1, b=2)
+    assert seen == [(function.__qualname__, (1,), {"b": 2}, policy, 3.0)]
 
 
 # -- adopting --------------------------------------------------------------------------------------------------------
@@ -372,6 +377,137 @@ def test_a_decorated_coroutine_function_is_adopted() -> None:
     with pytest.raises(tenacity.RetryError) as caught:
         asyncio.run(adopted(7))
     assert (calls, caught.value.last_attempt.attempt_number) == (3, 3)
+
+
+def test_methods_are_adopted_in_every_form() -> None:
+    class Service:
+        calls = 0
+
+        @tenacity.retry(stop=tenacity.stop_after_attempt(3), reraise=True)
+        def method(self, x: int) -> int:
+            self.calls += 1
+            if self.calls < 3:
+                raise Fault
+            return x
+
+        @classmethod
+        @tenacity.retry(stop=tenacity.stop_after_attempt(3), reraise=True)
+        def of_class(cls, x: int) -> tuple[type, int]:
+            return cls, x
+
+        @staticmethod
+        @tenacity.retry(stop=tenacity.stop_after_attempt(3), reraise=True)
+        def static(x: int) -> int:
+            return x
+
+    service = Service()
+    bound: Any = service.method
+    assert (Retry.adopt(bound)(4), service.calls) == (4, 3)
+    assert Retry.adopt(Service.of_class)(4) == (Service, 4)
+
+    class Adopted(Service):
+        of_class: Any = Retry.adopt(vars(Service)["of_class"])
+        static: Any = Retry.adopt(vars(Service)["static"])
+
+    assert (Adopted.of_class(1), Adopted.static(2), Adopted().static(3)) == ((Adopted, 1), 2, 3)
+
+
+def test_a_decorator_around_tenacity_is_not_lost() -> None:
+    """`functools.wraps` copies `retry` outwards: adopting by that would drop the outer decorator."""
+
+    @tenacity.retry(stop=tenacity.stop_after_attempt(2))
+    def function() -> int:
+        return 1
+
+    @functools.wraps(function)
+    def outer() -> int:
+        return function() + 1
+
+    with pytest.raises(TypeError, match="another decorator is around tenacity's; adopt what is inside it"):
+        Retry.adopt(outer)
+
+
+def test_a_retry_error_crosses_process_boundaries() -> None:
+    """tenacity: its Future holds a lock, so a RetryError cannot be pickled."""
+    for function in (failing(9), lambda: 0):
+        policy = Retry.adopt(
+            tenacity.Retrying(stop=tenacity.stop_after_attempt(2), retry=tenacity.retry_unless_exception_type(KeyError))
+        )
+        with pytest.raises(tenacity.RetryError) as caught:
+            policy(function)()
+        copy = pickle.loads(pickle.dumps(caught.value)).last_attempt
+        assert (copy.attempt_number, copy.failed) == (2, caught.value.last_attempt.failed)
+        assert copy.failed or copy.result() == 0
+
+
+def test_a_callback_gets_the_real_thing() -> None:
+    """It may keep the state, and read its outcome later."""
+    policy = Retry.adopt(
+        tenacity.Retrying(stop=tenacity.stop_after_attempt(2), retry_error_callback=lambda state: state)
+    )
+    state = policy(failing(9))()
+    assert isinstance(state.outcome, tenacity.Future)
+    assert isinstance(state.outcome.exception(), Fault)
+
+
+def test_blocks_of_what_was_adopted() -> None:
+    """Its own sleep, its error, and no more than one attempt if it is not enabled."""
+    slept: list[float] = []
+    plan: dict[str, Any] = {
+        "stop": tenacity.stop_after_attempt(2),
+        "wait": tenacity.wait_fixed(5),
+        "sleep": slept.append,
+    }
+    turns = 0
+    with pytest.raises(tenacity.RetryError) as caught:
+        for attempt in Retry.adopt(tenacity.Retrying(**plan)):
+            with attempt:
+                turns += 1
+                raise Fault
+    assert isinstance(caught.value.__cause__, Fault)
+    assert (turns, slept) == (2, [5.0])
+
+    async def main(policy: Retry) -> None:
+        nonlocal turns
+        async for attempt in policy:
+            async with attempt:
+                turns += 1
+                raise Fault
+
+    with pytest.raises(tenacity.RetryError):
+        asyncio.run(main(Retry.adopt(tenacity.AsyncRetrying(**plan))))
+    assert (turns, slept) == (4, [5.0, 5.0])
+    with pytest.raises(Fault):
+        asyncio.run(main(Retry.adopt(tenacity.AsyncRetrying(enabled=False))))
+    with pytest.raises(Fault):
+        for attempt in Retry.adopt(tenacity.Retrying(enabled=False)):
+            with attempt:
+                turns += 1
+                raise Fault
+    assert turns == 6
+
+
+def test_a_disabled_retrying_leaves_the_function_alone() -> None:
+    def function() -> int:
+        return 1
+
+    async def afunction() -> int:
+        return 2
+
+    policy = Retry.adopt(tenacity.Retrying(enabled=False))
+    assert (policy(function)(), asyncio.run(policy(afunction)())) == (1, 2)
+    assert not hasattr(function, "__resilient__")
+    assert not hasattr(afunction, "__resilient__")
+    for attempt in policy:
+        with attempt:
+            attempt.result(1)
+
+    async def main() -> None:
+        async for attempt in policy:
+            async with attempt:
+                attempt.result(1)
+
+    asyncio.run(main())
 
 
 def test_what_is_not_tenacitys_is_not_adopted() -> None:
@@ -470,14 +606,29 @@ def test_async_strategies_serve_coroutines_and_are_refused_elsewhere() -> None:
     assert clock.slept == [1.0, 1.0]
     with pytest.raises(TypeError, match="is async, and the function is not"):
         policy(lambda: 1)
-    with pytest.raises(TypeError, match="is async: it can guard coroutine functions, not blocks"):
-        policy.block()
+    with pytest.raises(TypeError, match="is async: say `async for` and `async with attempt`"):
+        iter(policy)
 
     async def fails() -> None:
         raise KeyError
 
     with pytest.raises(KeyError):
         asyncio.run(policy(fails)())
+
+
+def test_a_plain_strategy_of_async_ones_is_refused() -> None:
+    """tenacity: a coroutine is always true, and nobody awaits it."""
+    strategy = tenacity.asyncio.retry_if_exception(is_fault)
+    for wrong in (
+        tenacity.retry_any(strategy, tenacity.retry_never),
+        tenacity.retry_if_exception(is_fault),  # type: ignore[arg-type] # pyright: ignore
+        tenacity.retry_all(tenacity.retry_if_exception(is_fault)),  # type: ignore[arg-type] # pyright: ignore
+    ):
+        with pytest.raises(TypeError, match=r"answers at once, and .* use the strategies of tenacity.asyncio"):
+            Retry(wrong)
+    hidden = Retry(tenacity.retry_if_exception(lambda error: is_fault(error)), wait=0)  # type: ignore[arg-type, return-value] # pyright: ignore
+    with pytest.raises(TypeError, match="must answer at once, and it returned a coroutine"):
+        hidden(failing(1))()
 
 
 def test_async_hooks_are_awaited() -> None:
@@ -504,13 +655,60 @@ def test_async_hooks_are_awaited() -> None:
     assert seen == ["hook"] * 5
 
 
-def test_result_strategies_have_nothing_to_judge_in_generators() -> None:
+def test_async_strategies_serve_async_blocks() -> None:
+    policy = Retry(tenacity.asyncio.retry_if_exception(is_fault) | tenacity.asyncio.retry_if_result(is_zero), wait=0)
+
+    async def wrong() -> None:
+        async for attempt in policy:
+            with attempt:
+                raise Fault
+
+    with pytest.raises(TypeError, match=r"it returned a coroutine.*`async with attempt`"):
+        asyncio.run(wrong())
+    numbers: list[int] = []
+
+    async def good() -> None:
+        async for attempt in policy:
+            async with attempt:
+                numbers.append(attempt.number)
+                if attempt.number == 1:
+                    raise Fault
+                attempt.result(attempt.number - 2)
+
+    trio.run(good)
+    assert numbers == [1, 2, 3]
+
+
+def test_result_strategies_judge_first_items() -> None:
+    closed: list[int] = []
+    firsts = iter([0, 0, 5])
+
+    def items() -> Iterator[int]:
+        first = next(firsts)
+        try:
+            yield first
+        finally:
+            closed.append(first)
+
+    policy = Retry(tenacity.retry_if_result(lambda item: item == 0), wait=0)
+    assert list(policy(items)()) == [5]
+    assert closed == [0, 0, 5]
+
+    def empty() -> Iterator[int]:
+        yield from ()
+
+    assert list(policy(empty)()) == []
+    assert list(Retry(tenacity.retry_if_exception_type(Fault))(empty)()) == []
+
+
+def test_a_callback_cannot_answer_for_a_generator() -> None:
+    policy = Retry.adopt(tenacity.Retrying(retry_error_callback=lambda state: "x"))
+
     def items() -> Iterator[int]:
         yield 1
 
-    with pytest.raises(TypeError, match="until judges results, and a generator has items"):
-        Retry(tenacity.retry_if_result(bool))(items)
-    assert list(Retry(tenacity.retry_if_exception_type(Fault))(items)()) == [1]
+    with pytest.raises(TypeError, match="retry_error_callback answers in place of a function, and not of a generator"):
+        policy(items)
 
 
 def test_a_plain_retry_does_not_import_tenacity(monkeypatch: pytest.MonkeyPatch) -> None:
