@@ -52,6 +52,14 @@ def test_the_demo_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_ctrl_c_before_the_demo_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(**settings: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "main", fake)
+    assert main(["demo"]) == 130
+
+
 @pytest.mark.parametrize("missing", ["httpx", "rich", "starlette", "uvicorn"])
 def test_without_the_extra_the_demo_names_it(missing: str) -> None:
     # In a process of its own: here everything is imported already.

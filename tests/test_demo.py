@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -429,8 +429,12 @@ asyncio.run(main())
 """
 
 
-def test_children_end_with_a_parent_that_was_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+def test_children_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # Its folder is all that a parent leaves that was killed.
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], env=os.environ | {"TMPDIR": str(tmp_path)}, **pipes
+    ) as parent:
         assert parent.stdout is not None
         ends = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
         parent.send_signal(signal.SIGKILL)
@@ -817,33 +821,33 @@ def test_an_order_that_is_lost_on_the_way_counts_as_failed() -> None:
     }
 
 
-def interrupted(how: Callable[[], object], started: list[Services]) -> BaseException | None:
-    """What comes of a run that is interrupted in the midst of it."""
+def interrupted(sent: signal.Signals, times: int) -> BaseException | None:
+    """What comes of a run that gets a signal in the midst of it, `times` times."""
 
     class Impatient(Silent):
-        def tick(self) -> None:
-            if self.scene.progress.outcomes:
-                how()
+        left = times
 
-    def go() -> Coroutine[Any, Any, Any]:
-        return compare(read(BUNDLED)[:50], Schedule(1, 30.0), Impatient())
+        def tick(self) -> None:
+            while self.scene.progress.outcomes and self.left:
+                self.left -= 1
+                os.kill(os.getpid(), sent)
 
     try:
-        asyncio.run(go())
+        asyncio.run(compare(read(BUNDLED)[:50], Schedule(1, 30.0), Impatient()))
     except BaseException as error:
         return error
     return None
 
 
-def test_ctrl_c_ends_everything(started: list[Services]) -> None:
-    error = interrupted(lambda: os.kill(os.getpid(), signal.SIGINT), started)
-    assert isinstance(error, KeyboardInterrupt)
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_everything(started: list[Services], times: int) -> None:
+    """The second one is not polite: it cancels what the first one has begun to clean up."""
+    assert isinstance(interrupted(signal.SIGINT, times), KeyboardInterrupt)
     assert_gone(started)
 
 
 def test_sigterm_ends_everything(started: list[Services]) -> None:
-    error = interrupted(lambda: os.kill(os.getpid(), signal.SIGTERM), started)
-    assert isinstance(error, asyncio.CancelledError)
+    assert isinstance(interrupted(signal.SIGTERM, 1), asyncio.CancelledError)
     assert_gone(started)
 
 

@@ -122,13 +122,14 @@ class Services:
         self._tell(name)
 
     async def _stop(self) -> None:
+        # Nothing is awaited before the last child is gone: whoever interrupts twice cancels this, too.
         for keeper in self._keepers:
             keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
         for child in self._children.values():
             child.kill()
         for child in self._children.values():
             _bury(child)
+        await asyncio.gather(*self._keepers, return_exceptions=True)
 
 
 def _bury(child: subprocess.Popen[bytes]) -> None:
