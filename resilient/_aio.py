@@ -19,7 +19,7 @@ from resilient.clock import Clock, Timer, in_trio
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Queue", "Race", "Timers", "race_trio", "within"]
+__all__ = ["Queue", "Race", "Timers", "calm", "race_trio", "within"]
 
 
 class Queue:
@@ -134,8 +134,20 @@ async def _within_asyncio(
     finally:
         timer.cancel()
     if fired:
-        task.uncancel()
+        await calm(task)
     return value
+
+
+async def calm(task: asyncio.Task[Any]) -> None:
+    """Take back a cancel of ours that the call has survived, so that nothing after it is cancelled."""
+    import asyncio
+
+    # Asked for in the very step in which the call returned, it is still to come (until Python 3.13).
+    if task.uncancel() == 0 and getattr(task, "_must_cancel", False):
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            pass
 
 
 async def _within_trio(
@@ -218,7 +230,7 @@ class Race:
     async def won(self, value: Any) -> Any:
         """The first attempt answered: settle, and return what the caller gets."""
         if self.interrupted:
-            self.task.uncancel()
+            await calm(self.task)
         if self.over:
             self.spare.append(value)
         else:

@@ -99,6 +99,5 @@ def run(job: Job) -> None:
         worker.wake.release()
 
 
-if hasattr(os, "register_at_fork"):
-    # Threads do not live on in the child.
-    os.register_at_fork(after_in_child=_idle.clear)
+# Threads do not live on in a forked child. (Where there is no fork, there is nothing to do.)
+getattr(os, "register_at_fork", dict)(after_in_child=_idle.clear)

@@ -162,10 +162,11 @@ class Hedge(Policy):
             queue.arm()
 
     def _unplan(self, race: Race) -> None:
-        if race.queue is not None:
-            race.queue.left(race)
-        elif race.timer is not None:
+        if race.timer is not None:
             race.timer.cancel()
+        else:
+            assert race.queue is not None
+            race.queue.left(race)
 
     def _more(self, env: Env, timers: Timers, race: Race, delay: float) -> None:
         """No answer yet: start another attempt, and plan the next one."""

@@ -216,6 +216,8 @@ class Timeout(Policy):
         """Guard a coroutine function: cancelled when its time is over."""
         from asyncio import CancelledError, current_task, get_running_loop
 
+        from resilient._aio import calm
+
         seconds = self._whole_seconds()
         timers = self._timers_of(env)
         queues, variable = timers.queues, ambient(env.clock)
@@ -251,7 +253,7 @@ class Timeout(Policy):
             try:
                 del pending[key]
             except KeyError:
-                task.uncancel()  # cancelled by us, and it answered all the same
+                await calm(task)  # cancelled by us, and it answered all the same
             if queue.tidy:
                 queue.rest()
             return value
