@@ -13,7 +13,7 @@ from typing import Any
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-# A shell starts background jobs with Ctrl-C ignored, and Python then leaves it so: tests of Ctrl-C need the usual handler.
+# A shell starts background jobs with Ctrl-C ignored, and Python leaves it so; tests of Ctrl-C need the usual handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -65,6 +65,12 @@ def test_every_public_name_resolves() -> None:
         assert getattr(resilient, name) is getattr(resilient, name), name
 
 
+def test_the_module_of_test_tools_comes_by_name() -> None:
+    """Whoever says `resilient.testing` need not import it first."""
+    assert vars(resilient)["__getattr__"]("testing") is resilient.testing
+    assert fresh("import resilient; print(resilient.testing.__name__)") == ["resilient.testing"]
+
+
 def test_a_star_import_brings_all_names_in_a_fresh_process() -> None:
     lines = fresh("from resilient import *; print(*sorted(set(globals()) - {'sys'}))")
     assert [name for name in lines if not name.startswith("__") or name == "__version__"] == resilient.__all__
