@@ -32,9 +32,9 @@ class Attempts:
     asynchronous: str | None = None
     """The name of something that must be awaited between the attempts, if there is any."""
 
-    def __init__(self, policy: Retry, env: Env, number: int) -> None:
+    def __init__(self, policy: Retry, env: Env, number: int, began: float | None = None) -> None:
         self._policy, self._env, self.number = policy, env, number
-        self._began = env.clock.now()
+        self._began = env.clock.now() if began is None else began
         self._until = None if policy.total is None else self._began + policy.total
         self._due: float | None = None
         self._reason = ""

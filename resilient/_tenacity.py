@@ -46,6 +46,7 @@ class Engine:
         "retry",
         "sleep",
         "stop",
+        "timed",
         "upfront",
         "wait",
     )
@@ -62,7 +63,7 @@ class Engine:
         self.origin: tenacity.BaseRetrying | None = None
         self.enabled = True
         self.judges = False
-        self.upfront = False
+        self.upfront = self.timed = False
         self.asynchronous: str | None = None
 
     @classmethod
@@ -112,13 +113,18 @@ class Engine:
                 check(one)
                 if is_async(one):
                     self.asynchronous = called(one)
-        self.upfront = self.judges or any(informed) or self.before is not None
+        self.upfront = self.judges or self.before is not None
+        self.timed = any(informed)
 
-    def start(self, policy: Retry, env: Env, call: Call | None, args: Any, kwargs: Any, number: int) -> Any:
+    def start(
+        self, policy: Retry, env: Env, call: Call | None, args: Any, kwargs: Any, number: int, began: float | None
+    ) -> Any:
         """The attempts of one call."""
         if not self.enabled:
             return _Once(policy, env, number)
-        return _Attempts(self, policy, env, call, args, kwargs, number)
+        made = _Attempts(policy, env, number, began)
+        made.adorn(self, call, args, kwargs)
+        return made
 
 
 class _State(RetryCallState):
@@ -184,13 +190,11 @@ class _Steps(Attempts):
 
     __slots__ = ("_engine", "_raised", "_state")
 
-    def __init__(
-        self, engine: Engine, policy: Retry, env: Env, call: Call | None, args: Any, kwargs: Any, number: int
-    ) -> None:
-        super().__init__(policy, env, number)
+    def adorn(self, engine: Engine, call: Call | None, args: Any, kwargs: Any) -> None:
+        """Add what tenacity's strategies may look at."""
         self._engine = engine
         self._raised: tuple[BaseException, BaseException | None] | None = None
-        self._state: Any = _State(self, engine.origin, policy, env, call, args, kwargs)
+        self._state: Any = _State(self, engine.origin, self._policy, self._env, call, args, kwargs)
 
     @property
     def asynchronous(self) -> str | None:  # type: ignore[override]

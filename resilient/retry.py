@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from resilient._ambient import ambient, deadline
 from resilient._attempts import Attempt, Block, PlainAttempts
 from resilient._stream import Opened, opened_gen, opened_stream
 from resilient._verdict import Errors, quick
@@ -20,6 +22,7 @@ from resilient.errors import Rejected
 from resilient.policy import SYSTEM, Policy, seconds, whole
 
 if TYPE_CHECKING:
+    from resilient._ambient import Ambient
     from resilient._tenacity import Engine
     from resilient._types import Call
     from resilient.policy import Env
@@ -31,8 +34,11 @@ BASE = 0.1
 LIMIT = 10.0
 """Seconds: the longest wait of the default backoff."""
 
+_INF = float("inf")
 _EXCEPTION = (Exception,)
-_UNLIMITED: Any = nullcontext()
+# Without a limit the ambient deadline stays as it is.
+_UNLIMITED = nullcontext()
+_NOWHERE: ContextVar[float] = ContextVar("resilient.retry.nowhere", default=_INF)
 
 
 class _Three(int):
@@ -190,7 +196,7 @@ class Retry(Policy):
         engine = self._engine
         if engine is not None and engine.asynchronous:
             raise TypeError(f"{self.name}: {engine.asynchronous} is async, and the function is not")
-        if self.total is not None or (engine is not None and (engine.upfront or self.until is not None)):
+        if self._upfront:
 
             def retry(*args: Any, **kwargs: Any) -> Any:
                 with self._scope(env):
@@ -214,6 +220,23 @@ class Retry(Policy):
                         value.source.close()
                 return self._resume(run, call, args, kwargs)
 
+        elif self.total is not None or (engine is not None and engine.timed):
+            now, total, limit = env.clock.now, self.total or _INF, self._deadline(env)
+
+            def retry(*args: Any, **kwargs: Any) -> Any:
+                outer, began = limit.get(), now()
+                limit.set(min(outer, began + total))
+                try:
+                    try:
+                        return call(*args, **kwargs)
+                    except Exception as error:
+                        run = self._start(env, call, args, kwargs, 1, began)
+                        if not run.failed(error):
+                            raise
+                    return self._resume(run, call, args, kwargs)
+                finally:
+                    limit.set(outer)
+
         else:
 
             def retry(*args: Any, **kwargs: Any) -> Any:
@@ -230,7 +253,7 @@ class Retry(Policy):
     def coro(self, call: Call, env: Env) -> Call:
         """Call again after a failure that may pass."""
         engine = self._engine
-        if self.total is not None or (engine is not None and (engine.upfront or self.until is not None)):
+        if self._upfront:
 
             async def retry(*args: Any, **kwargs: Any) -> Any:
                 with self._scope(env):
@@ -253,6 +276,23 @@ class Retry(Policy):
                     if run.again and type(value) is Opened:
                         await value.source.aclose()
                 return await self._aresume(run, call, args, kwargs)
+
+        elif self.total is not None or (engine is not None and engine.timed):
+            now, total, limit = env.clock.now, self.total or _INF, self._deadline(env)
+
+            async def retry(*args: Any, **kwargs: Any) -> Any:
+                outer, began = limit.get(), now()
+                limit.set(min(outer, began + total))
+                try:
+                    try:
+                        return await call(*args, **kwargs)
+                    except Exception as error:
+                        run = self._start(env, call, args, kwargs, 1, began)
+                        if not await run.afailed(error):
+                            raise
+                    return await self._aresume(run, call, args, kwargs)
+                finally:
+                    limit.set(outer)
 
         else:
 
@@ -321,17 +361,24 @@ class Retry(Policy):
 
     # -- decisions -----------------------------------------------------------------------------------------------
 
+    @property
+    def _upfront(self) -> bool:
+        # Whether something is called before the first attempt, or every result must be judged by an engine or a clock.
+        engine, judged = self._engine, self.until is not None
+        return (judged and (self.total is not None or engine is not None)) or (engine is not None and engine.upfront)
+
+    def _deadline(self, env: Env) -> Ambient:
+        return _NOWHERE if self.total is None else ambient(env.clock)
+
     def _scope(self, env: Env) -> AbstractContextManager[None]:
-        if self.total is None:
-            return _UNLIMITED  # type: ignore[no-any-return]
-        from resilient._ambient import deadline
+        return _UNLIMITED if self.total is None else deadline(self.total, clock=env.clock)
 
-        return deadline(self.total, clock=env.clock)
-
-    def _start(self, env: Env, call: Call | None, args: Any, kwargs: Any, number: int) -> Any:
+    def _start(
+        self, env: Env, call: Call | None, args: Any, kwargs: Any, number: int, began: float | None = None
+    ) -> Any:
         if self._engine is not None:
-            return self._engine.start(self, env, call, args, kwargs, number)
-        return PlainAttempts(self, env, number)
+            return self._engine.start(self, env, call, args, kwargs, number, began)
+        return PlainAttempts(self, env, number, began)
 
     def _refuse_callback(self, what: str) -> None:
         if self._engine is not None and self._engine.callback is not None:
