@@ -115,21 +115,20 @@ class Lifecycle:
             self._rejected += 1
             return None
 
-    def _ended(self, permit: Permit, failed: bool, elapsed: float, now: float, *, counted: bool = False) -> bool:
-        """Take in how a call ended; True if that opened the circuit. With `counted` its success is in `n` already."""
+    def _ended(self, permit: Permit, failed: bool, elapsed: float, now: float, *, counted: bool = False) -> str | None:
+        """Take in how a call ended; the reason if that opened the circuit. With `counted` its success is in `n`."""
         with self._lock:
             if self._disabled:
-                return False
+                return None
             tally = self._tally
             if tally is not None and permit is tally:
                 if not (failed or counted):
                     tally.n += 1
                 reason = tally.note(failed, elapsed, now)
-                if reason is None:
-                    return False
-                self._open_locked(reason, now)
-                return True
-            return isinstance(permit, Probe) and self._probed_locked(permit, failed, elapsed, now)
+                if reason is not None:
+                    self._open_locked(reason, now)
+                return reason
+            return self._probed_locked(permit, failed, elapsed, now) if isinstance(permit, Probe) else None
 
     def _forget(self, permit: Permit) -> None:
         """The call ended in a way that says nothing: a probe gives its place back, and nothing else changes."""
@@ -137,26 +136,27 @@ class Lifecycle:
             with self._lock:
                 self._flying = tuple(probe for probe in self._flying if probe is not permit)
 
-    def _probed_locked(self, probe: Probe, failed: bool, elapsed: float, now: float) -> bool:
+    def _probed_locked(self, probe: Probe, failed: bool, elapsed: float, now: float) -> str | None:
         others = tuple(other for other in self._flying if other is not probe)
         if len(others) == len(self._flying):
-            return False
+            return None
         self._flying = others
         if now >= probe.until:
-            return False
+            return None
         slow = elapsed > self.trip.slower_than
         failed = failed or slow
         self._slow += slow
         self._calls += 1
         self._failures += failed
         if failed:
-            self._open_locked("a probe failed" if not slow else "a probe was slow", now)
-            return True
+            reason = "a probe was slow" if slow else "a probe failed"
+            self._open_locked(reason, now)
+            return reason
         self._won += 1
         if self._won == self._probes:
             self._opened = 0
             self._enter_locked(CLOSED, f"{self._won} of {self._probes} probes succeeded", now)
-        return False
+        return None
 
     # -- changes -------------------------------------------------------------------------------------------------
 

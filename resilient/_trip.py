@@ -20,7 +20,7 @@ __all__ = ["AnyOf", "Consecutive", "FailureRate", "SlowRate", "Trip"]
 class Trip:
     """The base of trip rules: immutable, comparable, joined by `|` (any of them trips)."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
 
     timed = False
     """Whether the rule must know the time of every call, successes included."""

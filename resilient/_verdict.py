@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 __all__ = ["Errors", "faces", "quick", "text"]
 
@@ -26,7 +26,7 @@ class Errors:
     def __init__(self, parameter: str, given: Any, *, failures: bool = False) -> None:
         classes: list[type[BaseException]] = []
         predicates: list[Callable[[Any], Any]] = []
-        several: tuple[Any, ...] = cast("tuple[Any, ...]", given) if isinstance(given, tuple) else (given,)
+        several: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
         for one in several:
             if isinstance(one, type):
                 if not issubclass(one, BaseException):
@@ -72,10 +72,8 @@ def faces(function: Any) -> tuple[Any, Any]:
     return getattr(function, "__func__", function), next(called, None)
 
 
-def text(error: BaseException | None) -> str:
+def text(error: BaseException) -> str:
     """What to remember of an error: its type and the beginning of what it says. Keeps no frame alive."""
-    if error is None:
-        return "a bad result"
     try:
         said = str(error)
     except Exception:

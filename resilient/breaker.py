@@ -44,7 +44,7 @@ class BreakerOpen(Rejected, CircuitBreakerError):
     """The circuit is open (or every probe's place is taken): the function did not run.
 
     `policy` is the breaker's name, `retry_after` the seconds until a call has a chance (None while isolated), `cause`
-    the text of the error that opened the circuit. The error itself is not kept: its traceback keeps frames alive.
+    what opened the circuit, as text. The error itself is not kept: its traceback would keep frames alive.
     """
 
     # Slots: an instance dictionary would cost a third of a refusal.
@@ -59,7 +59,7 @@ class BreakerOpen(Rejected, CircuitBreakerError):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text if self.cause is None else f"{text} (opened by {self.cause})"
+        return text if self.cause is None else f"{text} (cause: {self.cause})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.policy, self.retry_after, self.cause)
@@ -287,7 +287,7 @@ class CircuitBreaker(Circuit, Policy):
         return refusal
 
     def _settle(self, permit: Permit, env: Env) -> None:
-        self._ended(permit, False, 0.0, env.clock.now(), counted=True)
+        self._cause = self._ended(permit, False, 0.0, env.clock.now(), counted=True) or self._cause
         if self._news:
             self._tell(env)
 
@@ -299,8 +299,7 @@ class CircuitBreaker(Circuit, Policy):
         if not permit.cold and now - began <= permit.slower_than:
             permit.n += 1
             return
-        if self._ended(permit, False, now - began, now):
-            self._cause = "slow calls"
+        self._cause = self._ended(permit, False, now - began, now) or self._cause
         if self._news:
             self._tell(env)
 
@@ -320,8 +319,9 @@ class CircuitBreaker(Circuit, Policy):
             self._forget(permit)
             return
         now = env.clock.now()
-        if self._ended(permit, verdict == "failure", now - began, now):
-            self._cause = "slow calls" if verdict == "success" else text(error)
+        reason = self._ended(permit, verdict == "failure", now - began, now)
+        if reason is not None:
+            self._cause = reason if error is None else text(error)
         listeners = self._listeners
         if listeners and verdict == "failure":
             # In pybreaker's order: the failure before the change that it makes, the success after.

@@ -31,7 +31,7 @@ def let_in(circuit: Lifecycle, now: float) -> Permit:
 
 
 def fail(circuit: Lifecycle, now: float = 0.0) -> bool:
-    return circuit._ended(let_in(circuit, now), True, 0.0, now)
+    return bool(circuit._ended(let_in(circuit, now), True, 0.0, now))
 
 
 def told(circuit: Lifecycle) -> list[Change]:
@@ -133,7 +133,7 @@ class Lives(RuleBasedStateMachine):
                 self.real._ended(permit, False, 0.0, self.now, counted=True)
             opened = False
         else:
-            opened = self.real._ended(permit, failed, 0.0, self.now)
+            opened = self.real._ended(permit, failed, 0.0, self.now) is not None
         if ticket.until is None:
             if ticket.epoch == self.epoch and self.off and not failed:
                 self.log.append(False)  # the increment of the shell, in the epoch that goes on after `enable`
