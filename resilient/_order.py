@@ -33,6 +33,8 @@ def _inside(policy: Any, inside: Sequence[Any]) -> Iterator[str]:
                 "Hedge runs a call more than once at a time, and this one is not declared safe for that. "
                 "Say Hedge(..., idempotent=True) if it is, or put Idempotent inside it."
             )
+        case _:
+            pass
     yield from _too_long(policy, inside)
 
 
