@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report
 from benchmarks.budgets import BUDGETS, Budget
@@ -128,8 +129,12 @@ def _judge(budgets: Sequence[Budget], figures: Figures, *, strict: bool) -> int:
     return 1 if missed else 0
 
 
-def _write(path: Path, figures: object) -> None:
-    path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    """As JSON, one candidate a line, so that a diff shows whose figures changed."""
+    rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in figures["figures"])
+    facts = {key: value for key, value in figures.items() if key != "figures"}
+    head = json.dumps(facts, indent=1, ensure_ascii=False).rstrip("}\n")
+    path.write_text(f'{head},\n "figures": [\n{rows}\n ]\n}}\n', encoding="utf-8")
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,7 @@ twin. All three are minima over all rounds. `*_median` is the same from the medi
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -25,6 +26,9 @@ class Figures:
         """Take rows in as a worker gave them."""
         for row in rows:
             key = row["suite"], row["mode"], row["group"], row["name"]
+            if "error" in row:
+                # Where a file lies is nobody's business.
+                row["error"] = re.sub(r"(/[\w.+~-]+){2,}/", "", str(row["error"]))
             known = self._rows.get(key)
             if known is None or "series" not in known:
                 self._rows[key] = row
