@@ -7,7 +7,7 @@ import gc
 import random  # noqa: TID251
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -16,13 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tenacity
 import trio
 import trio.testing
-from tenacity import stop_never
 
 import resilient
 from resilient import BulkheadFull, Env, Pipeline, Rejected, Retry, deadline
-from resilient.testing import FakeClock, Recorder
+from resilient.testing import FakeClock, Recorder, instant
+from tests.worlds import World, worlds
 
 
 class Script:
@@ -674,6 +675,45 @@ def test_cancelled_at_every_await_it_stays_cancelled(steps: int) -> None:
     asyncio.run(main())
 
 
+@worlds
+@pytest.mark.parametrize("steps", range(8))
+@pytest.mark.parametrize("form", ["function", "block"])
+def test_cancelled_at_every_step_no_attempt_is_made_any_more(world: World, steps: int, form: str) -> None:
+    """tenacity#529, in both libraries: in an attempt or in a wait, a cancelled call is over."""
+    clock, calls = FakeClock(autojump=False), 0
+    policy = Retry(lambda error: True, attempts=5, wait=1.0)
+
+    async def fails() -> None:
+        nonlocal calls
+        calls += 1
+        await clock.asleep(1.0)
+        raise ConnectionError
+
+    async def blocks() -> None:
+        async for attempt in policy.block(Env(clock)):
+            async with attempt:
+                await fails()
+
+    async def main() -> None:
+        async with world() as tasks:
+            guarded = Pipeline(policy, env=Env(clock))(fails)
+            task = tasks.spawn(guarded if form == "function" else blocks)
+            await tasks.settle()
+            for _ in range(steps):
+                clock.advance(1.0)
+                await tasks.settle()
+            before = calls
+            task.cancel()
+            await tasks.settle()
+            clock.advance(100.0)
+            await tasks.settle()
+            assert task.done
+            assert not isinstance(task.error, Exception)
+            assert calls == before == 1 + steps // 2
+
+    world.run(main)
+
+
 def test_a_trio_cancel_scope_ends_the_wait() -> None:
     async def main() -> None:
         clock = FakeClock(autojump=False)
@@ -702,9 +742,41 @@ def test_events_say_what_was_tried() -> None:
     assert recorder.events == [resilient.Retrying("r", 1, 1.5, error), resilient.GaveUp("r", 2, 1.5, error)]
 
 
-@pytest.mark.parametrize("drive", [by_call, by_block])
-def test_no_frame_lingers_until_gc(drive: Driver) -> None:
+def by_hand(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine that never suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("it suspended")
+
+
+LEAN: dict[str, Callable[[], Retry]] = {
+    "plain": lambda: Retry(ConnectionError, wait=0),
+    "total": lambda: Retry(ConnectionError, wait=0, total=9.0),
+    "until": lambda: Retry(ConnectionError, wait=0, until=lambda value: True),
+    "both": lambda: Retry(ConnectionError, wait=0, until=lambda value: True, total=9.0),
+    "strategy": lambda: Retry(tenacity.retry_if_exception_type(ConnectionError), wait=0),
+    "adopted": lambda: Retry.adopt(tenacity.Retrying(stop=tenacity.stop_after_attempt(3))),
+    "reraise": lambda: Retry.adopt(tenacity.Retrying(stop=tenacity.stop_after_attempt(3), reraise=True)),
+    "callback": lambda: Retry.adopt(
+        tenacity.Retrying(stop=tenacity.stop_after_attempt(3), retry_error_callback=lambda state: None)
+    ),
+}
+
+
+@pytest.mark.parametrize("drive", [by_call, by_await, by_generator, by_stream, by_block, by_async_block])
+@pytest.mark.parametrize("make", LEAN.values(), ids=LEAN.keys())
+@pytest.mark.parametrize("last", [None, KeyError, ConnectionError], ids=["recovers", "another", "exhausted"])
+def test_no_frame_lingers_until_gc(
+    monkeypatch: pytest.MonkeyPatch, drive: Driver, make: Callable[[], Retry], last: type[Exception] | None
+) -> None:
     """A cycle of exception, traceback and frame would keep the arguments of failed calls alive."""
+    # asyncio's own frames do linger.
+    monkeypatch.setattr(asyncio, "run", by_hand)
+    policy = make()
+    if drive in (by_generator, by_stream) and make is LEAN["callback"]:
+        return  # it does not guard generators
 
     class Big:
         pass
@@ -716,21 +788,28 @@ def test_no_frame_lingers_until_gc(drive: Driver) -> None:
             big = Big()
             alive.append(weakref.ref(big))
             self.calls += 1
-            if self.calls < 3:
+            if self.calls % 3:
                 raise ConnectionError
-            raise KeyError
+            if last is not None:
+                raise last
 
     gc.collect()
     gc.disable()
     try:
-        for _ in range(3):
+        for _ in range(2):
             try:
-                drive(Retry(ConnectionError, wait=0), Failing(), Env(FakeClock()))
-            except KeyError:
+                drive(policy, Failing(), Env(FakeClock()))
+            except (KeyError, ConnectionError, tenacity.RetryError):
                 pass
-        assert [ref() for ref in alive] == [None] * 9
+        assert [ref() for ref in alive] == [None] * 6
     finally:
         gc.enable()
+
+
+def test_instant_needs_no_second_nap() -> None:
+    """Under `instant()` the clock stands still, so waiting for Retry-After must not go on for ever."""
+    with instant():
+        assert Retry(ConnectionError)(Script(failed_with(retry_after=30), 1))() == 1
 
 
 def test_methods_in_both_decorator_orders() -> None:
@@ -745,6 +824,23 @@ def test_methods_in_both_decorator_orders() -> None:
                 raise ConnectionError
             return cls.calls
 
+        @Retry(ConnectionError, wait=0)
+        def method(self, x: int) -> tuple[int, int]:
+            self.calls += 1
+            if self.calls % 3:
+                raise ConnectionError
+            return self.calls, x
+
+        @Retry(ConnectionError, wait=0)
+        @staticmethod
+        def static_outside(x: Script) -> Any:
+            return x()
+
+        @staticmethod
+        @Retry(ConnectionError, wait=0)
+        def static_inside(x: Script) -> Any:
+            return x()
+
         @classmethod
         @Retry(ConnectionError, wait=0)
         def inside(cls) -> int:
@@ -754,6 +850,11 @@ def test_methods_in_both_decorator_orders() -> None:
             return cls.calls
 
     assert (Service.outside(), Service.inside()) == (3, 1)
+    service = Service()
+    service.calls = 0
+    assert service.method(7) == (3, 7)
+    assert Service.static_outside(Script(ConnectionError(), 1)) == 1
+    assert service.static_inside(Script(ConnectionError(), 2)) == 2
 
 
 def failing_with(error: Exception, times: int, policy: Retry) -> None:
@@ -820,7 +921,7 @@ def test_the_note_says_when_there_was_no_time() -> None:
         ({"wait": float("nan")}, ValueError, "wait must be a finite number of at least 0, not nan"),
         ({"wait": "1"}, TypeError, "wait must be seconds or a tenacity wait strategy, not '1'"),
         ({"wait": True}, TypeError, "wait must be a number, not True"),
-        ({"stop": stop_never, "attempts": 3}, TypeError, "stop replaces attempts: leave attempts=3 out"),
+        ({"stop": tenacity.stop_never, "attempts": 3}, TypeError, "stop replaces attempts: leave attempts=3 out"),
         ({"stop": 3}, TypeError, "stop must be a tenacity stop strategy, not 3"),
         ({"total": 0}, ValueError, "total must be a finite number above 0, not 0"),
         ({"retry_after": -1}, ValueError, "retry_after must be a finite number of at least 0, not -1"),
