@@ -511,8 +511,12 @@ class Poke(BaseException):
 class Poker:
     """Interrupts the main thread once, after a while."""
 
+    caught = True
+
     def __enter__(self) -> Poker:
-        # Nothing else may be struck: a tracer that is, coverage's, keeps its own lock for ever.
+        # Nothing else may be struck: a tracer that is, coverage's, keeps its own lock for ever, and what is raised in a
+        # callback of the collector, hypothesis's, goes nowhere.
+        gc.disable()
         self.tracer = sys.gettrace()
         sys.settrace(None)
         self.before = signal.signal(signal.SIGALRM, self.poke)
@@ -522,16 +526,20 @@ class Poker:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
         sys.settrace(self.tracer)
+        gc.enable()
 
-    @staticmethod
-    def poke(*_: object) -> None:
-        raise Poke
+    def poke(self, *_: object) -> None:
+        if not self.caught:
+            raise Poke
 
     def until_poked(self, microseconds: float, fn: Callable[[], object]) -> None:
+        self.caught = False
         with suppress(Poke):
-            signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
+            # Again after a while: a finalizer, of a coroutine that was struck, may have swallowed the first.
+            signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6, 0.5)
             while True:
                 fn()
+        self.caught = True
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # Struck before its first step.
