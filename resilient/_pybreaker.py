@@ -200,28 +200,33 @@ class Link:
     def refresh(self, circuit: Circuit) -> None:
         """Write what is to be written, then take over what others changed."""
         with self._turn:
-            self._write()
-            self._read(circuit)
+            if self._write():
+                self._read(circuit)
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
+        """Whether nothing is left to be written, or it could be."""
         pending = self._pending
         if pending is None:
-            return
+            return True
         state, at = pending
         with _Attempt(self) as attempt:
             if state == OPEN:
                 self.storage.opened_at = datetime.fromtimestamp(at, UTC)
             else:
                 self.storage.reset_counter()
-            self.storage.reset_success_counter()
-            self.storage.state = state
+            # A server that is down may take seconds to say so: ask it no more once it has.
+            if not attempt.failed:
+                self.storage.reset_success_counter()
+            if not attempt.failed:
+                self.storage.state = state
         if attempt.failed:
-            return
+            return False
         with self._lock:
             if self._pending is pending:
                 self._pending = None
         opened = None if self._known is None else self._known[1]
         self._known = (state, int(at) if state == OPEN else opened)
+        return True
 
     def _read(self, circuit: Circuit) -> None:
         epoch = circuit._epoch
@@ -229,7 +234,8 @@ class Link:
         opened_at: datetime | None = None
         with _Attempt(self) as attempt:
             state = self.storage.state
-            opened_at = self.storage.opened_at
+            if not attempt.failed:
+                opened_at = self.storage.opened_at
         if attempt.failed or self._pending is not None or state not in (CLOSED, OPEN, HALF_OPEN):
             return
         opened = None if opened_at is None else int(_utc(opened_at).timestamp())
