@@ -1,13 +1,11 @@
 """The ambient deadline: how much time everything that runs here and now has left.
 
-Coroutines, generators and `with deadline()` carry it in a context variable, so that tasks and copied contexts inherit
-it. A plain function's limit is carried by its thread, because setting a variable twice a call would double the price;
-threads that the function starts itself do not see it. `remaining()` knows all of them. Safe from any thread and loop.
+It is a context variable: tasks inherit it, and threads that run in a copy of the context do. Safe from any thread
+and loop.
 """
 
 from __future__ import annotations
 
-import threading
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -15,32 +13,16 @@ from resilient.clock import Clock, SystemClock
 from resilient.policy import SYSTEM
 from resilient.policy import seconds as checked
 
-__all__ = ["Ambient", "ambient", "deadline", "nearest", "of_system", "remaining", "thread"]
+__all__ = ["Ambient", "ambient", "deadline", "nearest", "of_system", "remaining", "system"]
 
 _INF = float("inf")
 _monotonic = SystemClock.now
 
-# A plain float is the cheapest thing to carry: an instant of the system's clock, or infinity. Policies put back what
-# was there with `set`: `reset(token)` costs more and fails where a generator is closed in another context.
+# A plain float is the cheapest thing to carry: an instant of the system's clock, or infinity. Policies that may end in
+# another context than they began in (generators, coroutines) put back what was there with `set`, not `reset(token)`.
 _until: ContextVar[float] = ContextVar("resilient.deadline", default=_INF)
 # Instants of other clocks (of tests, mostly) mean nothing to the system's, so they travel apart, each with its clock.
 _foreign: ContextVar[tuple[tuple[Clock, float], ...]] = ContextVar("resilient.deadline.foreign", default=())
-
-
-class _Cell:
-    __slots__ = ("until",)
-
-    def __init__(self) -> None:
-        self.until = _INF
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.cell = _Cell()
-
-
-thread = _Thread()
-"""`thread.cell.until`: the limit of the plain functions under way in this thread, by the system's clock."""
 
 
 class Ambient(Protocol):
@@ -67,6 +49,10 @@ class _Foreign:
         _foreign.set(others if until == _INF else (*others, (self.clock, until)))
 
 
+system = _until
+"""What carries the deadline by the system's clock."""
+
+
 def of_system(clock: Clock) -> bool:
     """Whether `clock` tells the system's time."""
     return clock.now is _monotonic
@@ -79,12 +65,12 @@ def ambient(clock: Clock) -> Ambient:
 
 def nearest(clock: Clock) -> float:
     """The instant of `clock` at which the ambient deadline is over, infinity for none."""
-    return min(_until.get(), thread.cell.until) if of_system(clock) else _Foreign(clock).get()
+    return ambient(clock).get()
 
 
 def remaining() -> float | None:
     """The seconds left until the nearest ambient deadline, never below 0.0; None where there is none."""
-    until = min(_until.get(), thread.cell.until)
+    until = _until.get()
     left = until if until == _INF else until - _monotonic()
     for clock, other in _foreign.get():
         left = min(left, other - clock.now())

@@ -8,14 +8,13 @@ coroutine, a thread hand-over for `sync="thread"`. Safe from any thread, asyncio
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import AsyncGenerator, Generator
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from resilient._ambient import ambient, deadline, nearest, of_system, remaining, thread
+from resilient._ambient import ambient, deadline, nearest, of_system, remaining, system
 from resilient._pace import Bound, Over, Pace
 from resilient.errors import BulkheadFull, CallTimeout, DeadlineExceeded, Rejected
 from resilient.policy import Policy, whole
@@ -132,20 +131,18 @@ class Timeout(Policy):
 
             return foreign
 
-        local, inherited, modules = thread, ambient(clock).get, sys.modules
+        get, set_, reset = system.get, system.set, system.reset
 
         def timeout(*args: Any, **kwargs: Any) -> Any:
             until = now() + seconds
-            cell = local.cell
-            outer = cell.until
-            # Greenlets can leave a plain function halfway: a cell of the thread would then mix their limits up.
-            if outer < until or inherited() < until or "greenlet" in modules:
+            if get() < until:
                 return obey(env, seconds, call, args, kwargs)
-            cell.until = until
+            token = set_(until)
             try:
                 return call(*args, **kwargs)
             finally:
-                cell.until = outer
+                # Cheaper than to set the old value anew; and a plain function ends in the context that it began in.
+                reset(token)
 
         return timeout
 

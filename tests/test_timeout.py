@@ -26,7 +26,6 @@ from resilient import (
     deadline,
     remaining,
 )
-from resilient._ambient import thread as ambient_thread
 from resilient.events import Refused, TimedOut
 from resilient.testing import FakeClock, Recorder
 
@@ -625,14 +624,7 @@ def test_capio_a_late_result_is_a_result() -> None:
     assert late() == "late"
 
 
-@pytest.mark.parametrize("greenlets", [False, True])
-def test_cooperating_functions_nest(greenlets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where greenlets may be, limits travel in the context, and mean the same."""
-    if greenlets:
-        monkeypatch.setitem(sys.modules, "greenlet", sys)
-    else:
-        monkeypatch.delitem(sys.modules, "greenlet", raising=False)
-
+def test_cooperating_functions_nest() -> None:
     def ask() -> float | None:
         return remaining()
 
@@ -658,7 +650,6 @@ def test_cooperating_functions_nest(greenlets: bool, monkeypatch: pytest.MonkeyP
     with deadline(0.0), pytest.raises(DeadlineExceeded):
         long()
     assert remaining() is None
-    assert ambient_thread.cell.until == float("inf")
 
 
 def test_a_foreign_deadline_that_is_over_refuses() -> None:
@@ -675,6 +666,19 @@ def test_a_foreign_deadline_that_is_over_refuses() -> None:
         work()
     work()
     assert calls == [1, 1]
+
+
+def test_whoever_runs_in_a_copy_of_the_context_inherits_the_limit() -> None:
+    """`asyncio.run`, `asyncio.to_thread` and executors that copy the context are inside the function."""
+
+    async def ask() -> list[float | None]:
+        return [remaining(), await asyncio.to_thread(remaining)]
+
+    @Timeout(60.0, sync="deadline")
+    def work() -> list[float | None]:
+        return asyncio.run(ask())
+
+    assert all(left is not None and 50.0 < left <= 60.0 for left in work())
 
 
 def test_threads_have_their_own_limits() -> None:
