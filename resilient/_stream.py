@@ -75,6 +75,8 @@ def opened_gen(call: Call, shell: Callable[[Call], Call]) -> Call:
     def gen(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         opened: Opened = guarded(*args, **kwargs)
         while not opened.over:
+            step: Any
+            value: Any
             try:
                 sent = yield opened.item
             except GeneratorExit:
@@ -88,6 +90,9 @@ def opened_gen(call: Call, shell: Callable[[Call], Call]) -> Call:
                 opened.item = step(value)
             except StopIteration as stop:
                 return stop.value
+            finally:
+                # An error that comes back out would hold this frame, and the frame the error.
+                step = value = None
         return opened.item
 
     return gen
@@ -129,3 +134,6 @@ async def _advance(opened: Opened, step: Any) -> None:
         opened.item = await step
     except StopAsyncIteration:
         opened.over = True
+    finally:
+        # It holds the error that it throws in, whose traceback holds this frame.
+        del step

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -148,6 +149,8 @@ class FakeClock:
         home = threading.get_ident()
 
         def post(callback: Callable[[], object]) -> None:
+            if loop.is_closed():
+                return
             if threading.get_ident() == home:
                 callback()
             else:
@@ -156,18 +159,21 @@ class FakeClock:
         idle = 0
 
         def look() -> None:
-            # Three rounds with nothing else ready: the loop has polled for I/O in between, so every task waits.
+            # Three rounds with nothing ready but the looks of other clocks: the loop has polled for I/O in between, so
+            # every task waits.
             nonlocal idle
-            idle = 0 if getattr(loop, "_ready", None) else idle + 1
+            idle = 0 if len(getattr(loop, "_ready", ())) >= _looks[loop] else idle + 1
             if idle >= 3:
                 idle = 0
                 if not self._jump():
                     self._watched.discard(loop)
+                    _looks[loop] -= 1
                     return
             loop.call_soon(look)
 
         if self.autojump and loop not in self._watched:
             self._watched.add(loop)
+            _looks[loop] = _looks.get(loop, 0) + 1
             loop.call_soon(look)
         return _FakeTimer(callback, post)
 
@@ -181,7 +187,10 @@ class FakeClock:
             if threading.get_ident() == home:
                 callback()
             else:
-                token.run_sync_soon(callback)
+                try:
+                    token.run_sync_soon(callback)
+                except trio.RunFinishedError:
+                    pass
 
         async def look() -> None:
             try:
@@ -197,6 +206,10 @@ class FakeClock:
             self._watched.add(token)
             trio.lowlevel.spawn_system_task(look)
         return _FakeTimer(callback, post)
+
+
+_looks: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+"""How many clocks look for idleness in each asyncio loop."""
 
 
 class Recorder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import gc
 import importlib.util
 import json
@@ -810,6 +811,16 @@ def test_blocks() -> None:
     assert (breaker.state, other.state) == ("closed", "open")
 
 
+def test_blocks_may_end_in_any_order() -> None:
+    """As `ExitStack.pop_all` and generators make it happen."""
+    one, two = CircuitBreaker("one", Consecutive(1)), CircuitBreaker("two", Consecutive(1))
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(Boom, Boom(), None)
+    two.__exit__(None, None, None)
+    assert (one.state, two.state, two.calls) == ("open", "closed", 1)
+
+
 def test_a_block_that_ends_elsewhere_says_nothing() -> None:
     """Entered in one context and left in another (as some test fixtures do): nothing breaks, nothing is counted."""
     breaker = CircuitBreaker("b")
@@ -1237,6 +1248,11 @@ async def coroutine_function(*args: object) -> float:
     return 1.0
 
 
+class AsyncCallable:
+    async def __call__(self, *args: object) -> float:
+        return 1.0
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -1268,6 +1284,16 @@ async def coroutine_function(*args: object) -> float:
             {"cooldown": coroutine_function},
             TypeError,
             "cooldown must answer at once, and coroutine_function is a coroutine function",
+        ),
+        (
+            {"cooldown": functools.partial(coroutine_function, 1)},
+            TypeError,
+            "cooldown must answer at once, and coroutine_function is a coroutine function",
+        ),
+        (
+            {"classify": AsyncCallable()},
+            TypeError,
+            "classify must answer at once, and AsyncCallable.__call__ is a coroutine function",
         ),
         ({"probes": 0}, ValueError, "probes must be at least 1, not 0"),
         ({"probes": True}, TypeError, "probes must be an integer, not True"),

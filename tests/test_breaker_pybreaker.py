@@ -19,7 +19,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from resilient import BreakerOpen, CircuitBreaker, Consecutive, Env, FailureRate, Pipeline
+from resilient import BreakerChanged, BreakerOpen, CircuitBreaker, Consecutive, Env, FailureRate, Pipeline
 from resilient import _pybreaker as module
 from resilient._pybreaker import REFRESHER, Refresher, View
 from resilient.clock import SystemClock
@@ -44,8 +44,8 @@ class Bench:
     def __init__(self, trip: Any = Consecutive(2), **options: Any) -> None:  # noqa: B008
         self.clock = FakeClock(epoch=SystemClock().at())
         self.events = Recorder()
-        self.breaker = CircuitBreaker("ours", trip, **{"cooldown": 10.0, **options})
-        self.guard(self.breaker)
+        options.setdefault("cooldown", 10.0)
+        self.guard(CircuitBreaker("ours", trip, **options))
 
     def guard(self, breaker: CircuitBreaker) -> None:
         self.breaker = breaker
@@ -327,7 +327,7 @@ def test_two_of_ours_share_a_state() -> None:
     one.breaker.refresh()
     two.breaker.refresh()
     assert two.breaker.state == "open"
-    assert [event.reason for event in two.events.events if hasattr(event, "reason")] == ["so says the storage"]
+    assert [event.reason for event in two.events.of(BreakerChanged)] == ["so says the storage"]
     one.clock.advance(10)
     one.run()
     one.breaker.refresh()
@@ -666,13 +666,14 @@ def test_other_threads_still_hear_what_their_storage_logs(caplog: pytest.LogCapt
     logger = logging.getLogger("pybreaker")
 
     class Chatty(Counting):
-        @property
-        def opened_at(self) -> datetime | None:
+        def look(self) -> datetime | None:
             thread = threading.Thread(target=lambda: logger.error("of another thread"))
             thread.start()
             thread.join()
             logger.info("not an error")
-            return super().opened_at
+            return self._opened_at
+
+        opened_at: Any = property(look)
 
     storage: Any = Chatty()
     storage.logger = logger
@@ -695,11 +696,12 @@ def test_a_breaker_of_pybreaker_can_be_adopted() -> None:
     class Business(Exception, metaclass=Meta):
         pass
 
+    exclude: Any = [KeyError, Business, lambda error: "not mine" in str(error), KeyboardInterrupt]
     existing = pybreaker.CircuitBreaker(
         fail_max=3,
         reset_timeout=20,
         success_threshold=2,
-        exclude=[KeyError, Business, lambda error: "not mine" in str(error), KeyboardInterrupt],
+        exclude=exclude,
         listeners=[witness],
         name="theirs",
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
@@ -271,3 +273,50 @@ def test_a_gate_is_held_from_the_first_item_until_the_end_or_the_close() -> None
     next(held)
     held.close()  # type: ignore[attr-defined] # pyright: ignore
     assert trace.log == ["+t", "-t", "+t", "-t GeneratorExit"]
+
+
+@pytest.mark.parametrize("dress", [held_as_gen, opened_as_gen, held_as_stream, opened_as_stream])
+def test_an_error_that_went_in_and_out_lingers_nowhere(dress: Callable[..., Any]) -> None:
+    """No cycle of error, traceback and frame waits for the garbage collector."""
+
+    class Marked(Exception):
+        pass
+
+    gone: list[weakref.ref[Marked]] = []
+
+    def items() -> Generator[int, None, None]:
+        yield 1
+
+    async def aitems() -> AsyncGenerator[int, None]:
+        yield 1
+
+    def once() -> None:
+        errors = [Marked()]  # not a name of this frame, which the traceback will hold
+        gone.append(weakref.ref(errors[0]))
+        held = dress(items)()
+        next(held)
+        try:
+            held.throw(errors.pop())
+        except Marked:
+            pass
+
+    async def aonce() -> None:
+        errors = [Marked()]  # not a name of this frame, which the traceback will hold
+        gone.append(weakref.ref(errors[0]))
+        held = dress(aitems)()
+        await anext(held)
+        try:
+            await held.athrow(errors.pop())
+        except Marked:
+            pass
+
+    gc.collect()
+    gc.disable()
+    try:
+        if dress in (held_as_gen, opened_as_gen):
+            once()
+        else:
+            asyncio.run(aonce())
+        assert gone[0]() is None
+    finally:
+        gc.enable()

@@ -144,3 +144,31 @@ def test_instant_ends_the_waits_of_the_system_clock_and_nests() -> None:
             SYSTEM.clock.sleep(1000)
         SYSTEM.clock.sleep(1000)
     assert not SYSTEM.clock.instant  # type: ignore[attr-defined] # pyright: ignore
+
+
+def test_two_clocks_in_one_loop_both_jump() -> None:
+    async def main() -> None:
+        one, two = FakeClock(), FakeClock()
+        if in_trio():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.asleep, 5.0)
+                nursery.start_soon(two.asleep, 7.0)
+        else:
+            await asyncio.gather(one.asleep(5.0), two.asleep(7.0))
+        assert (one.now(), two.now()) == (5.0, 7.0)
+
+    both(main)
+
+
+def test_timers_of_a_loop_that_is_gone_are_dropped() -> None:
+    clock = FakeClock(autojump=False)
+
+    async def leave_one() -> None:
+        clock.call_at(1.0, lambda: pytest.fail("the loop is gone"))
+
+    asyncio.run(leave_one())
+    trio.run(leave_one)
+    thread = threading.Thread(target=clock.advance, args=(2.0,))
+    thread.start()
+    thread.join()
+    assert clock.now() == 2.0
