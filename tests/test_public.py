@@ -64,7 +64,10 @@ def members(cls: type) -> Iterator[str]:
     for name, value in sorted(seen.items()):
         if name.startswith("_") and name not in SPOKEN:
             continue
-        if isinstance(value, (classmethod, staticmethod)):
+        if isinstance(value, staticmethod) and inspect.isbuiltin(value.__func__):
+            # Whether a builtin tells its parameters depends on the version of Python.
+            yield f"    staticmethod {name}"
+        elif isinstance(value, (classmethod, staticmethod)):
             yield f"    {type(value).__name__} {name}{signature(value.__func__)}"
         elif inspect.isfunction(value):
             word = "async def" if inspect.iscoroutinefunction(value) else "def"
