@@ -1131,6 +1131,13 @@ def test_sinks_are_called_outside_the_lock_and_may_use_the_breaker() -> None:
     assert bench.changes() == [("closed", "open"), ("open", "closed")]
 
 
+def test_half_open_is_told_before_the_probe_runs() -> None:
+    bench = Bench(Consecutive(1), cooldown=10.0)
+    bench.fail()
+    bench.clock.advance(10)
+    assert bench.run(lambda: bench.changes()[-1]) == ("open", "half-open")
+
+
 def test_a_sink_that_is_interrupted_does_not_silence_the_breaker() -> None:
     bench = Bench(Consecutive(1), cooldown=10.0)
 
