@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["LoopWaiter", "Park", "ThreadWaiter", "TrioWaiter", "task_waiter"]
 
 # Why no slot and no wake-up is lost. One who leaves first puts his slot on the stack, then looks for waiters; one who
-# arrives first joins the queue, then looks at the stack (`wake` does both). If the leaver saw no waiter, the newcomer
+# arrives first joins the queue, then looks at the stack (`_wake` does both). If the leaver saw no waiter, the newcomer
 # joined after the slot was there, and finds it himself; else the leaver wakes. This order is all that the path without
-# a lock has to keep. Only `wake` hands over, always to the front of the queue, and nobody takes a slot past a queue.
+# a lock has to keep. Only `_wake` hands over, always to the front of the queue, and nobody takes a slot past a queue.
 #
 # Why an interrupt (a signal handler that raises, an asynchronous exception) loses nothing. CPython delivers one only
 # at calls, backward jumps and function entry. So statements without a call stand or fall together, for instance
-# `del tokens[-1]` and `granted = True`. A waiter stays in front, granted, until it is woken: a `wake` that was cut
+# `del tokens[-1]` and `granted = True`. A waiter stays in front, granted, until it is woken: a `_wake` that was cut
 # short can simply be called again, and rings twice at worst.
 #
 # The lock is re-entrant because a finaliser that closes a generator, and with it gives back a slot, may run anywhere.
@@ -147,29 +147,33 @@ _NOBODY: OrderedDict[Waiter, None] = OrderedDict()
 
 
 class Park:
-    """`limit` slots, and the queue for them. `tokens` holds one entry for each free slot."""
+    """`limit` slots, and the queue for them. `_tokens` holds one entry for each free slot."""
 
-    __slots__ = ("lock", "tokens", "waiters")
+    __slots__ = ("_tokens", "_waiters")
+
+    # One lock for all: it is held for a few steps and only where somebody waits, and an own one weighs 96 bytes.
+    _lock = RLock()
 
     def __init__(self, limit: int) -> None:
-        self.tokens: list[None] = [None] * limit
-        self.waiters: OrderedDict[Waiter, None] = _NOBODY
-        self.lock = RLock()
+        self._tokens: list[None] = [None] * limit
+        self._waiters: OrderedDict[Waiter, None] = _NOBODY
 
-    def acquire_sync(self, queue: int, clock: Clock, seconds: float | None) -> bool | None:
+    def _acquire(self, queue: int, clock: Clock, seconds: float | None) -> bool | None:
         """Block this thread until a slot is its own: True. False after `seconds`, None if `queue` wait already."""
-        return self._enter(ThreadWaiter, queue, clock, seconds)
+        return self._line_up(ThreadWaiter, queue, clock, seconds)
 
-    async def acquire_async(self, queue: int, clock: Clock, seconds: float | None) -> bool | None:
+    async def _aacquire(self, queue: int, clock: Clock, seconds: float | None) -> bool | None:
         """Suspend this task until a slot is its own: True. False after `seconds`, None if `queue` wait already."""
-        return await self._aenter(task_waiter, queue, clock, seconds)
+        return await self._aline_up(task_waiter, queue, clock, seconds)
 
-    def _enter(self, make: Callable[[], ThreadWaiter], queue: int, clock: Clock, seconds: float | None) -> bool | None:
+    def _line_up(
+        self, make: Callable[[], ThreadWaiter], queue: int, clock: Clock, seconds: float | None
+    ) -> bool | None:
         waiter = make()
         try:
             if not self._join(waiter, queue):
                 return None
-            self.wake()
+            self._wake()
             if not waiter.granted and seconds != 0:
                 waiter.park(clock, seconds)
             self._part(waiter)
@@ -179,14 +183,14 @@ class Park:
         # No call from here until the caller is inside its own `try`: the slot cannot get lost on the way.
         return waiter.granted
 
-    async def _aenter(
+    async def _aline_up(
         self, make: Callable[[], LoopWaiter | TrioWaiter], queue: int, clock: Clock, seconds: float | None
     ) -> bool | None:
         waiter = make()
         try:
             if not self._join(waiter, queue):
                 return None
-            self.wake()
+            self._wake()
             if not waiter.granted and seconds != 0:
                 await waiter.apark(clock, seconds)
             self._part(waiter)
@@ -195,14 +199,14 @@ class Park:
             raise
         return waiter.granted
 
-    def wake(self) -> None:
+    def _wake(self) -> None:
         """Hand free slots to waiters, until either runs out. Call it after each slot that was given back."""
         while True:
-            with self.lock:
-                for waiter in self.waiters:
+            with self._lock:
+                for waiter in self._waiters:
                     if not waiter.granted:
                         try:
-                            del self.tokens[-1]
+                            del self._tokens[-1]
                         except IndexError:
                             return
                         waiter.granted = True
@@ -217,29 +221,29 @@ class Park:
     @property
     def waiting(self) -> int:
         """How many wait, without those who have a slot and are being woken."""
-        with self.lock:
-            return sum(not waiter.granted for waiter in self.waiters)
+        with self._lock:
+            return sum(not waiter.granted for waiter in self._waiters)
 
     def _join(self, waiter: Waiter, queue: int) -> bool:
-        with self.lock:
-            if len(self.waiters) >= queue and self.waiting >= queue:
+        with self._lock:
+            if len(self._waiters) >= queue and self.waiting >= queue:
                 return False
-            if self.waiters is _NOBODY:
-                self.waiters = OrderedDict()
-            self.waiters[waiter] = None
+            if self._waiters is _NOBODY:
+                self._waiters = OrderedDict()
+            self._waiters[waiter] = None
             return True
 
     def _part(self, waiter: Waiter) -> None:
-        with self.lock:
-            self.waiters.pop(waiter, None)
+        with self._lock:
+            self._waiters.pop(waiter, None)
 
     def _drop(self, waiter: Waiter) -> None:
-        with self.lock:
-            self.waiters.pop(waiter, None)
+        with self._lock:
+            self._waiters.pop(waiter, None)
             if waiter.granted:
                 waiter.granted = False
-                self.tokens.append(None)
+                self._tokens.append(None)
 
     def _leave(self, waiter: Waiter) -> None:
         self._drop(waiter)
-        self.wake()
+        self._wake()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Bulkhead"]
 
 
-class Bulkhead(Policy):
+class Bulkhead(Park, Policy):
     """Let `limit` calls run at a time; refuse the others with `BulkheadFull`, or let them queue.
 
     `queue` calls may wait, in strict order (0: none), each at most `max_wait` seconds (None: as long as it takes).
@@ -40,7 +40,7 @@ class Bulkhead(Policy):
     (1, 1)
     """
 
-    __slots__ = ("_env", "_park", "limit", "max_wait", "name", "queue", "rejected")
+    __slots__ = ("_env", "_spare", "limit", "max_wait", "name", "queue", "rejected")
 
     role = "bulkhead"
 
@@ -53,22 +53,19 @@ class Bulkhead(Policy):
         self.name = name
         self.rejected = 0
         self._env: Env | None = None
-        self._park = Park(limit)
+        # A slot that nobody has needed yet is a mere number: there are as many tokens as calls ever ran at once.
+        super().__init__(1)
+        self._spare = limit - 1
 
     @property
     def free(self) -> int:
         """Slots that nobody holds."""
-        return len(self._park.tokens)
+        return len(self._tokens) + self._spare
 
     @property
     def active(self) -> int:
         """Slots that are held."""
-        return self.limit - len(self._park.tokens)
-
-    @property
-    def waiting(self) -> int:
-        """Calls that wait for a slot."""
-        return self._park.waiting
+        return self.limit - self.free
 
     def describe(self) -> dict[str, Any]:
         """The settings."""
@@ -82,63 +79,63 @@ class Bulkhead(Policy):
 
     def sync(self, call: Call, env: Env) -> Call:
         """Hold a slot during each call."""
-        core, tokens = self._bound(env), self._park.tokens
+        self._bind(env)
 
         def bulkhead(*args: Any, **kwargs: Any) -> Any:
-            if core.waiters or not tokens:
+            if self._waiters or not self._tokens:
                 self._enter(env)
             else:
                 try:
-                    del tokens[-1]
+                    del self._tokens[-1]
                 except IndexError:
                     self._enter(env)
             try:
                 return call(*args, **kwargs)
             finally:
                 try:
-                    tokens.append(None)
-                    if core.waiters:
-                        core.wake()
+                    self._tokens.append(None)
+                    if self._waiters:
+                        self._wake()
                 except BaseException:
-                    core.wake()
+                    self._wake()
                     raise
 
         return bulkhead
 
     def coro(self, call: Call, env: Env) -> Call:
         """Hold a slot during each call."""
-        core, tokens = self._bound(env), self._park.tokens
+        self._bind(env)
 
         async def bulkhead(*args: Any, **kwargs: Any) -> Any:
-            if core.waiters or not tokens:
+            if self._waiters or not self._tokens:
                 await self._aenter(env)
             else:
                 try:
-                    del tokens[-1]
+                    del self._tokens[-1]
                 except IndexError:
                     await self._aenter(env)
             try:
                 return await call(*args, **kwargs)
             finally:
                 try:
-                    tokens.append(None)
-                    if core.waiters:
-                        core.wake()
+                    self._tokens.append(None)
+                    if self._waiters:
+                        self._wake()
                 except BaseException:
-                    core.wake()
+                    self._wake()
                     raise
 
         return bulkhead
 
     def gen(self, call: Call, env: Env) -> Call:
         """Hold a slot from the first item until the generator is closed."""
-        self._bound(env)
+        self._bind(env)
         held = _Held(self, env)
         return held_gen(call, lambda: held)
 
     def stream(self, call: Call, env: Env) -> Call:
         """Hold a slot from the first item until the stream is closed."""
-        self._bound(env)
+        self._bind(env)
         held = _Held(self, env)
         return held_stream(call, lambda: held)
 
@@ -156,48 +153,64 @@ class Bulkhead(Policy):
     async def __aexit__(self, *exc: object) -> None:
         self._give()
 
-    def _bound(self, env: Env) -> Park:
+    def _bind(self, env: Env) -> None:
         # Blocks wait by the clock of the first function that was decorated, and tell its sinks.
         self._env = self._env or env
-        return self._park
 
     def _take(self, env: Env) -> None:
-        tokens = self._park.tokens
-        if self._park.waiters or not tokens:
+        if self._waiters or not self._tokens:
             self._enter(env)
         else:
             try:
-                del tokens[-1]
+                del self._tokens[-1]
             except IndexError:
                 self._enter(env)
 
     async def _atake(self, env: Env) -> None:
-        tokens = self._park.tokens
-        if self._park.waiters or not tokens:
+        if self._waiters or not self._tokens:
             await self._aenter(env)
         else:
             try:
-                del tokens[-1]
+                del self._tokens[-1]
             except IndexError:
                 await self._aenter(env)
 
     def _give(self) -> None:
-        self._park.tokens.append(None)
-        self._park.wake()
+        self._tokens.append(None)
+        self._wake()
 
     def _enter(self, env: Env) -> None:
+        while self._spare:
+            if self._grown():
+                return
         left = self._left(env)
         wait = left if self.max_wait is None or (left is not None and left < self.max_wait) else self.max_wait
-        entered = self._park.acquire_sync(self.queue, env.clock, wait)
+        entered = self._acquire(self.queue, env.clock, wait)
         if not entered:
             raise self._refused(env, DeadlineExceeded if entered is False and wait is left else BulkheadFull)
 
     async def _aenter(self, env: Env) -> None:
+        while self._spare:
+            if self._grown():
+                return
         left = self._left(env)
         wait = left if self.max_wait is None or (left is not None and left < self.max_wait) else self.max_wait
-        entered = await self._park.acquire_async(self.queue, env.clock, wait)
+        entered = await self._aacquire(self.queue, env.clock, wait)
         if not entered:
             raise self._refused(env, DeadlineExceeded if entered is False and wait is left else BulkheadFull)
+
+    def _grown(self) -> bool:
+        """Take a slot that nobody has needed yet, if there still is one."""
+        with self._lock:
+            if self._spare:
+                self._spare -= 1
+                self._tokens.append(None)
+        # Not taken at once: an interrupt at the end of the lock would lose it. No call from here to the caller's `try`.
+        try:
+            del self._tokens[-1]
+        except IndexError:
+            return False
+        return True
 
     def _left(self, env: Env) -> float | None:
         """The seconds until the ambient deadline, where waiting is allowed at all; else raise."""
@@ -208,7 +221,7 @@ class Bulkhead(Policy):
         return remaining()
 
     def _refused(self, env: Env, kind: type[Rejected]) -> Rejected:
-        with self._park.lock:
+        with self._lock:
             self.rejected += 1
         name = self.name or "Bulkhead"
         error = kind(name)

@@ -218,6 +218,34 @@ def test_a_stream_holds_its_slot_until_it_is_closed(world: World) -> None:
     assert whole(bulkhead)
 
 
+def test_slots_that_nobody_needed_yet_weigh_nothing_and_are_there() -> None:
+    """A bulkhead of a million is as small as a bulkhead of one, until so many run at once."""
+    bulkhead = Bulkhead(1_000_000)
+    assert (len(bulkhead._tokens), bulkhead.free, bulkhead.active) == (1, 1_000_000, 0)
+    with bulkhead, bulkhead, bulkhead:
+        assert (bulkhead.free, bulkhead.active) == (999_997, 3)
+    assert (len(bulkhead._tokens), bulkhead.free, bulkhead.active) == (3, 1_000_000, 0)
+
+
+def test_a_new_slot_that_somebody_else_takes_first_is_followed_by_the_next() -> None:
+    """Between making the slot and taking it there is room for another thread."""
+
+    class Snatched(list[None]):
+        snatched = 0
+
+        def append(self, token: None) -> None:
+            if self.snatched < 2:
+                self.snatched += 1
+            else:
+                super().append(token)
+
+    bulkhead = Bulkhead(4)
+    bulkhead._tokens = Snatched()
+    with bulkhead:
+        assert bulkhead._spare == 0
+    assert Bulkhead(1)._grown()
+
+
 def test_somebody_is_quicker() -> None:
     """Without a GIL two threads may see the same last token: the slower one goes the long way round."""
 
@@ -226,7 +254,7 @@ def test_somebody_is_quicker() -> None:
             return True
 
     bulkhead = Bulkhead(1)
-    bulkhead._park.tokens = Racing()
+    bulkhead._tokens = Racing()
 
     @bulkhead
     def work() -> None: ...
@@ -615,7 +643,6 @@ def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_queue() -> None:
 
 def test_a_wake_that_is_interrupted_is_done_again() -> None:
     """The shell gave its slot back, and the interrupt came before it could wake the one who waits for it."""
-    bulkhead = Bulkhead(1, queue=1)
     woken: list[int] = []
 
     class Interrupting:
@@ -629,24 +656,23 @@ def test_a_wake_that_is_interrupted_is_done_again() -> None:
                 raise KeyboardInterrupt
             return False
 
-    class Core:
-        waiters = Interrupting()
+    class Core(Bulkhead):
+        __slots__ = ()
 
-        @staticmethod
-        def wake() -> None:
-            woken.append(len(bulkhead._park.tokens))
+        def _wake(self) -> None:
+            woken.append(len(self._tokens))
 
-    core: Any = Core()
-    core.tokens = bulkhead._park.tokens
-    bulkhead._park = core
+    bulkhead = Core(1, queue=1)
+    waiters: Any = Interrupting()
+    bulkhead._waiters = waiters
 
     @bulkhead
     def work() -> None:
-        Core.waiters.armed = True
+        waiters.armed = True
 
     @bulkhead
     async def awork() -> None:
-        Core.waiters.armed = True
+        waiters.armed = True
 
     with pytest.raises(KeyboardInterrupt):
         work()

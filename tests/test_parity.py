@@ -18,8 +18,9 @@ ROOT = Path(resilient.__file__).parent
 # What is called differently in the two worlds. Everything else must be equal.
 RENAMED = {
     "asleep": "sleep",
+    "task_waiter": "ThreadWaiter",
     "aresume": "resume",
-    "acquire_async": "acquire_sync",
+    "_aacquire": "_acquire",
     "aclose": "close",
     "asend": "send",
     "athrow": "throw",

@@ -57,7 +57,7 @@ class Slots(RuleBasedStateMachine):
         joined = self.park._join(waiter, self.QUEUE)
         assert joined is (len(self.line) < self.QUEUE)
         if joined:
-            self.park.wake()
+            self.park._wake()
             waiter.alive = alive or waiter.granted
             self.line.append(waiter)
             self.deal()
@@ -65,8 +65,8 @@ class Slots(RuleBasedStateMachine):
     @precondition(lambda self: not self.line and self.free)
     @rule()
     def take(self) -> None:
-        assert not self.park.waiters
-        del self.park.tokens[-1]
+        assert not self.park._waiters
+        del self.park._tokens[-1]
         self.free -= 1
         self.held.append(None)
 
@@ -75,8 +75,8 @@ class Slots(RuleBasedStateMachine):
     def give_back(self, data: st.DataObject) -> None:
         self.held.remove(data.draw(st.sampled_from(self.held)))
         self.free += 1
-        self.park.tokens.append(None)
-        self.park.wake()
+        self.park._tokens.append(None)
+        self.park._wake()
         self.deal()
 
     @precondition(lambda self: self.line)
@@ -97,9 +97,9 @@ class Slots(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        assert len(self.park.tokens) == self.free
+        assert len(self.park._tokens) == self.free
         assert self.free + len(self.held) == self.LIMIT
-        assert [*self.park.waiters] == self.line
+        assert [*self.park._waiters] == self.line
         assert self.park.waiting == len(self.line)
         assert all(one.granted for one in self.held if one)
         assert not any(one.granted for one in self.line)
@@ -121,13 +121,13 @@ def test_a_wake_that_was_cut_short_is_made_good_by_the_next() -> None:
 
     waiter.notify = interrupted  # type: ignore[method-assign]
     try:
-        park.wake()
+        park._wake()
     except KeyboardInterrupt:
         pass
-    assert (waiter.granted, park.waiting, len(park.tokens)) == (True, 1, 0)
+    assert (waiter.granted, park.waiting, len(park._tokens)) == (True, 1, 0)
     del waiter.notify
-    park.wake()
-    assert (waiter.rung, next_one.granted, [*park.waiters]) == (1, False, [next_one])
+    park._wake()
+    assert (waiter.rung, next_one.granted, [*park._waiters]) == (1, False, [next_one])
 
 
 def test_a_thread_is_woken_twice_without_harm() -> None:
@@ -204,7 +204,7 @@ def abandoned(park: Park, kept: list[Any]) -> None:
     loop = asyncio.new_event_loop()
 
     async def wait() -> None:
-        await park.acquire_async(9, CLOCK, None)
+        await park._aacquire(9, CLOCK, None)
 
     async def main() -> None:
         kept.append(asyncio.ensure_future(wait()))
@@ -219,19 +219,19 @@ def test_a_waiter_whose_loop_is_closed_is_skipped() -> None:
     """Nobody will ever resume it; the slot goes to the next, from the same thread and from another."""
     park, kept = Park(1), list[Any]()
     for elsewhere in (False, True):
-        del park.tokens[-1]
+        del park._tokens[-1]
         abandoned(park, kept)
         assert park.waiting == 1
-        park.tokens.append(None)
+        park._tokens.append(None)
         if elsewhere:
-            thread = threading.Thread(target=park.wake)
+            thread = threading.Thread(target=park._wake)
             thread.start()
             thread.join()
         else:
-            park.wake()
-        assert (park.waiting, len(park.tokens)) == (0, 1)
+            park._wake()
+        assert (park.waiting, len(park._tokens)) == (0, 1)
     kept.clear()
-    assert len(park.tokens) == 1
+    assert len(park._tokens) == 1
 
 
 def test_a_waiter_whose_trio_run_is_over_is_skipped() -> None:
@@ -243,8 +243,8 @@ def test_a_waiter_whose_trio_run_is_over_is_skipped() -> None:
     trio.run(main)
     park = Park(1)
     park._join(kept[0], 9)
-    park.wake()
-    assert (park.waiting, len(park.tokens), kept[0].granted) == (0, 1, False)
+    park._wake()
+    assert (park.waiting, len(park._tokens), kept[0].granted) == (0, 1, False)
 
 
 def test_many_dead_waiters_are_no_recursion() -> None:
@@ -253,8 +253,8 @@ def test_many_dead_waiters_are_no_recursion() -> None:
     for waiter in dead:
         waiter.alive = False
         park._join(waiter, 9999)
-    park.wake()
-    assert (park.waiting, len(park.tokens)) == (0, 1)
+    park._wake()
+    assert (park.waiting, len(park._tokens)) == (0, 1)
 
 
 def test_those_being_woken_are_not_counted_as_waiting() -> None:
@@ -268,5 +268,5 @@ def test_those_being_woken_are_not_counted_as_waiting() -> None:
         return True
 
     waiter.notify = notify  # type: ignore[method-assign]
-    park.wake()
+    park._wake()
     assert seen == [(0, True)]
