@@ -26,7 +26,9 @@ class Errors:
     def __init__(self, parameter: str, given: Any, *, failures: bool = False) -> None:
         classes: list[type[BaseException]] = []
         predicates: list[Callable[[Any], Any]] = []
-        several: Any = given if isinstance(given, tuple) else (given,)
+        several: Any = given
+        if not isinstance(given, tuple):
+            several = (given,)
         for one in several:
             if isinstance(one, type):
                 if not issubclass(one, BaseException):
