@@ -71,10 +71,7 @@ class Attempts:
         """How long to wait after `outcome`, at least `delay` seconds; None if that leaves no time for an attempt."""
         policy, self._due = self._policy, None
         if policy.retry_after:
-            asked = hint(outcome, self._env)
-            if asked > policy.retry_after:
-                self._reason = f"; asked to come back in {asked:.3g} s, which is more than {policy.retry_after:.3g} s"
-                return None
+            asked = min(hint(outcome, self._env), policy.retry_after)
             if asked and asked >= delay:
                 delay = asked
                 self._due = self._env.clock.now() + delay

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from resilient._ambient import ambient, deadline
 from resilient._attempts import Attempt, Block, PlainAttempts
@@ -35,7 +35,10 @@ LIMIT = 10.0
 """Seconds: the longest wait of the default backoff."""
 
 _INF = float("inf")
-_EXCEPTION = (Exception,)
+_Wanted: TypeAlias = (
+    "tuple[tuple[type[BaseException], ...], tuple[type[BaseException], ...], tuple[Callable[[Any], Any], ...]]"
+)
+_ANY: _Wanted = ((Exception,), (), ())
 # Without a limit the ambient deadline stays as it is.
 _UNLIMITED = nullcontext()
 _NOWHERE: ContextVar[float] = ContextVar("resilient.retry.nowhere", default=_INF)
@@ -68,6 +71,15 @@ class Run(Protocol):
     async def areturned(self, value: Any) -> None: ...
 
 
+def _choose(on: Any) -> _Wanted:
+    """What `on` stands for: classes, those of them that name refusals, and predicates."""
+    errors = Errors("on", on, failures=True)
+    if not errors.listed():
+        raise ValueError("on must name at least one error")
+    named = tuple(one for one in errors.classes if not issubclass(Rejected, one) or one is Rejected)
+    return errors.classes, named, errors.predicates
+
+
 class Retry(Policy):
     """Call again after an error of `on`, until it works, `attempts` were made, or the time is up.
 
@@ -81,8 +93,8 @@ class Retry(Policy):
     `total`: seconds for everything, waits included; policies inside see it as the ambient deadline. A wait that would
     not end before it, or before the ambient deadline, is not begun: the error comes out at once.
     `retry_after`: an error's `retry_after`, or the `Retry-After` header of its `response`, in seconds or as a date,
-    makes a wait longer, up to this many seconds (0 or None: it is not looked at). A server that asks for more is not
-    asked again too early instead: the error comes out at once. A response that `until` refused has its say too.
+    makes a wait longer, up to this many seconds (0 or None: it is not looked at). Within that cap a server is never
+    asked before it said. A response that `until` refused has its say too.
 
     The error that comes out is the function's own, with a note such as "resilient: attempt 3 of 3, 1.2 s" (the time
     since the first attempt ended, or since the call with `total`). Raises `TypeError` or `ValueError` for settings
@@ -101,10 +113,8 @@ class Retry(Policy):
     """
 
     __slots__ = (
-        "_classes",
         "_engine",
-        "_named",
-        "_predicates",
+        "_wanted",
         "attempts",
         "name",
         "on",
@@ -139,11 +149,7 @@ class Retry(Policy):
         self._engine: Engine | None = None
         self.on, self.wait, self.stop = on, wait, stop
         foreign = _strategies(on, wait, stop)
-        self._classes: tuple[type[BaseException], ...] = ()
-        self._named: tuple[type[BaseException], ...] = ()
-        self._predicates: tuple[Callable[[Any], Any], ...] = ()
-        if not (foreign and foreign.retry):
-            self._choose(on)
+        self._wanted = _ANY if on is Exception or (foreign and foreign.retry) else _choose(on)
         if wait is not None and not (foreign and foreign.wait):
             if not isinstance(wait, (int, float)):
                 raise TypeError(f"wait must be seconds or a tenacity wait strategy, not {wait!r}")
@@ -156,14 +162,6 @@ class Retry(Policy):
             from resilient._tenacity import Engine
 
             self._engine = Engine.of(self, foreign.retry, foreign.wait, foreign.stop)
-
-    def _choose(self, on: Any) -> None:
-        errors = Errors("on", on, failures=True)
-        if not errors.listed():
-            raise ValueError("on must name at least one error")
-        self._classes = _EXCEPTION if errors.classes == _EXCEPTION else errors.classes
-        self._named = tuple(one for one in errors.classes if not issubclass(Rejected, one) or one is Rejected)
-        self._predicates = errors.predicates
 
     @staticmethod
     def adopt(existing: Any) -> Any:
@@ -386,9 +384,10 @@ class Retry(Policy):
 
     def _wants(self, error: Exception) -> bool:
         # `on=Exception` does not mean to knock at a closed door; a predicate that says so does.
-        if isinstance(error, self._classes) and (not isinstance(error, Rejected) or isinstance(error, self._named)):
+        classes, named, predicates = self._wanted
+        if isinstance(error, classes) and (not isinstance(error, Rejected) or isinstance(error, named)):
             return True
-        return any(_told("on", predicate(error)) for predicate in self._predicates)
+        return any(_told("on", predicate(error)) for predicate in predicates)
 
     def _approves(self, value: Any) -> bool:
         if self.until is None:
