@@ -216,7 +216,11 @@ class Park:
             if waiter.notify():
                 self._part(waiter)
             else:
-                self._drop(waiter)
+                # It can never come back; or another `_wake` rang it first, and it has come, worked, given its slot
+                # back, and its loop has ended. Then it is no longer in the queue, and there is nothing to take back.
+                with self._lock:
+                    if waiter in self._waiters:
+                        self._drop(waiter)
 
     @property
     def waiting(self) -> int:

@@ -270,3 +270,19 @@ def test_those_being_woken_are_not_counted_as_waiting() -> None:
     waiter.notify = notify  # type: ignore[method-assign]
     park._wake()
     assert seen == [(0, True)]
+
+
+def test_a_waiter_that_another_woke_first_gives_its_slot_back_once() -> None:
+    """Two wake one waiter. It has run to its end, and its loop is closed, before the second rings: no slot is born."""
+    park = Park(1)
+
+    class Gone(Stub):
+        def notify(self) -> bool:
+            park._part(self)
+            park._tokens.append(None)
+            return False
+
+    assert park._join(Gone(), 1)
+    park._wake()
+    assert len(park._tokens) == 1
+    assert park.waiting == 0
