@@ -128,8 +128,12 @@ async def _within_asyncio(
     try:
         value = await call(*args, **kwargs)
     except BaseException as error:
-        if fired and task.uncancel() <= before and isinstance(error, asyncio.CancelledError):
-            raise late() from error
+        if fired:
+            if not isinstance(error, Exception):
+                if task.uncancel() <= before and isinstance(error, asyncio.CancelledError):
+                    raise late() from error
+            else:
+                await calm(task)
         raise
     finally:
         timer.cancel()
@@ -139,7 +143,7 @@ async def _within_asyncio(
 
 
 async def calm(task: asyncio.Task[Any]) -> None:
-    """Take back a cancel of ours that the call has survived, so that nothing after it is cancelled."""
+    """Take back a cancel of ours that the call has answered otherwise, so that nothing after it is cancelled."""
     import asyncio
 
     # Asked for in the very step in which the call returned, it is still to come (until Python 3.13).

@@ -224,11 +224,11 @@ class Timeout(Policy):
             try:
                 loop = get_running_loop()
             except RuntimeError:
-                return await self._nearer(env, seconds, call, args, kwargs)
-            task = current_task(loop)
+                loop = None  # to go on from here would make that error the context of all that the call raises
+            task = None if loop is None else current_task(loop)
             until = now() + seconds
             outer = get()
-            if task is None or outer < until:
+            if loop is None or task is None or outer < until:
                 return await self._nearer(env, seconds, call, args, kwargs)
             queue = queues.get(id(loop)) or timers.queue(loop)
             key = object()
@@ -243,8 +243,12 @@ class Timeout(Policy):
             except BaseException as error:
                 if get() == until:  # else it is closed by the garbage collector, in somebody else's context
                     put(outer)
-                if queue.left(key) and task.uncancel() <= before and isinstance(error, CancelledError):
-                    raise self._late(env, seconds) from error
+                if queue.left(key):
+                    if not isinstance(error, Exception):
+                        if task.uncancel() <= before and isinstance(error, CancelledError):
+                            raise self._late(env, seconds) from error
+                    else:
+                        await calm(task)
                 raise
             put(outer)
             try:

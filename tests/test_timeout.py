@@ -1150,3 +1150,31 @@ def test_the_name_is_that_of_the_function(settings: Any) -> None:
     policy(coroutine)
     assert policy.name == "coroutine"
     assert resilient.inspect(policy(coroutine))[0] is policy
+
+
+def test_under_trio_the_search_for_a_loop_is_no_context_of_errors() -> None:
+    @Timeout(60.0)
+    async def fails() -> None:
+        raise ConnectionError("refused")
+
+    with pytest.raises(ConnectionError) as caught:
+        trio.run(fails)
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("nearer", [False, True], ids=["its own limit", "a nearer deadline"])
+def test_an_error_in_the_step_in_which_the_time_is_over_leaves_no_cancel_behind(nearer: bool) -> None:
+    """A clock of a test may strike while the call runs; the cancel would come at somebody else's await."""
+    clock = FakeClock()
+
+    @Pipeline(Timeout(1.0), env=Env(clock))
+    async def fails() -> None:
+        clock.advance(5.0)
+        raise ConnectionError("refused")
+
+    async def main() -> None:
+        with deadline(0.5 if nearer else 60.0, clock=clock), pytest.raises(ConnectionError):
+            await fails()
+        await clock.asleep(1.0)
+
+    run_asyncio(main)
