@@ -9,6 +9,7 @@ All cost is paid at decoration, and so are all errors that can be seen there.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType, MethodType
@@ -21,7 +22,7 @@ from resilient.errors import OrderWarning
 if TYPE_CHECKING:
     from resilient.policy import Env
 
-__all__ = ["Guarded", "decorate", "guarded"]
+__all__ = ["Guarded", "decorate", "faces", "flags", "guarded", "kind_of"]
 
 _KIND_OF_RESULT: dict[type, Kind] = {CoroutineType: "coro", GeneratorType: "gen", AsyncGeneratorType: "stream"}
 _WORDS: dict[Kind, str] = {
@@ -87,25 +88,28 @@ def _name(target: Call) -> str:
     """The qualified name of a callable, as a person would call it."""
     while isinstance(target, functools.partial):
         target = target.func
-    name: str = getattr(target, "__qualname__", None) or type(target).__qualname__
-    return name
+    name = getattr(target, "__qualname__", None)
+    # There are objects that have every attribute.
+    return name if name and isinstance(name, str) else type(target).__qualname__
 
 
 # -- what it is ------------------------------------------------------------------------------------------------------
 
 
-def _kind(target: Call) -> Kind:
+def kind_of(target: Call) -> Kind:
+    """What comes of calling it, as far as its code, its marks and its annotation tell."""
     while isinstance(target, functools.partial):
         target = target.func
-    target = getattr(target, "__func__", target)
+    if isinstance(target, MethodType):
+        target = target.__func__
     # Not `target.__dict__`, which would come into being by the question.
     if type(target) is not FunctionType or hasattr(target, "_is_coroutine") or hasattr(target, "_is_coroutine_mark"):
         return _kind_by_inspection(target)
     return _kind_by_flags(target.__code__.co_flags) or _kind_by_annotation(target)
 
 
-def _kind_by_flags(flags: int) -> Kind | None:
-    return "coro" if flags & 0x180 else "stream" if flags & 0x200 else "gen" if flags & 0x20 else None
+def _kind_by_flags(bits: int) -> Kind | None:
+    return "coro" if bits & 0x180 else "stream" if bits & 0x200 else "gen" if bits & 0x20 else None
 
 
 def _kind_by_annotation(target: FunctionType) -> Kind:
@@ -116,16 +120,30 @@ def _kind_by_annotation(target: FunctionType) -> Kind:
 
 
 def _kind_by_inspection(target: Any) -> Kind:
-    import inspect
-
-    for face in (target, cast(Any, type(target)).__dict__.get("__call__")):
-        if inspect.iscoroutinefunction(face) or getattr(face, "_is_coroutine", None) is not None:
-            return "coro"
-        if inspect.isasyncgenfunction(face):
-            return "stream"
-        if inspect.isgeneratorfunction(face):
-            return "gen"
+    # Marks are known by identity and flags by type: a mock has every attribute that it is asked for.
+    for face in faces(target):
+        kind = _kind_by_flags(flags(face))
+        if kind is not None:
+            return kind
+        for module, mark in (("asyncio.coroutines", "_is_coroutine"), ("inspect", "_is_coroutine_mark")):
+            known = getattr(sys.modules.get(module), mark, None)
+            if known is not None and getattr(face, mark, None) is known:
+                return "coro"
     return _kind_by_annotation(target) if type(target) is FunctionType else "sync"
+
+
+def faces(function: Any) -> tuple[Any, Any]:
+    """What runs when `function` is called, whatever it is: itself without partials, and the `__call__` of its class."""
+    while functools.partial in type(function).__mro__:
+        function = function.func
+    called = (vars(base)["__call__"] for base in type(function).__mro__ if "__call__" in vars(base))
+    return getattr(function, "__func__", function), next(called, None)
+
+
+def flags(function: Any) -> int:
+    """What the code of a function says that it is; 0 for what has no code (or, like a mock, anything for code)."""
+    bits = getattr(getattr(function, "__code__", None), "co_flags", 0)
+    return bits if type(bits) is int else 0
 
 
 def _doubtful(target: Any) -> bool:
@@ -133,14 +151,14 @@ def _doubtful(target: Any) -> bool:
     if getattr(target, "__name__", None) == "<lambda>":
         return True
     inner = getattr(target, "__wrapped__", None)
-    return callable(inner) and _kind(inner) != "sync"
+    return callable(inner) and kind_of(inner) != "sync"
 
 
 # -- what guards it --------------------------------------------------------------------------------------------------
 
 
 def _run(made: Guarded) -> Call:
-    kind = _kind(made.target)
+    kind = kind_of(made.target)
     if kind != "sync":
         return _compile(made, kind, made.target)[-1]
     if _doubtful(made.target):
@@ -162,9 +180,17 @@ def _compile(made: Guarded, kind: Kind, call: Call) -> list[Call]:
             raise TypeError(
                 f"{type(policy).__name__} cannot guard {_name(made.target)}: it does not serve {_WORDS[kind]}"
             )
-        call = shell(call, made.env)
+        call = shell(_named(call, made.target), made.env)
         shells.append(call)
     return shells
+
+
+def _named(call: Call, target: Call) -> Call:
+    """`call` under the name of `target`: listeners and hooks of others are shown what they believe to be that."""
+    if type(call) is FunctionType and call is not target:
+        call.__qualname__ = _name(target)
+        call.__name__ = call.__qualname__.rpartition(".")[2]
+    return call
 
 
 def _checked(made: Guarded) -> Call:
@@ -256,8 +282,8 @@ def _proxy(target: Any, run: Call, made: Guarded) -> Any:
 
     def reduce(self: Any, protocol: int = 2) -> str:
         # By name, as functions are: whoever unpickles it imports the guarded callable.
-        name: str | None = getattr(target, "__qualname__", None)
-        if name is None:
+        name = getattr(target, "__qualname__", None)
+        if not isinstance(name, str):
             raise TypeError(f"cannot pickle {target!r}: it has no name to import it by")
         return name
 

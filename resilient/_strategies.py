@@ -15,7 +15,7 @@ from tenacity.retry import retry_base
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
-from resilient._verdict import faces
+from resilient._guard import faces
 
 __all__ = ["Found", "called", "check", "is_async", "judges", "own", "recognise", "timed"]
 

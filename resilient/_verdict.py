@@ -6,10 +6,11 @@ Pure but for the predicates of the user, which are called outside every lock. Im
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["Errors", "faces", "quick", "text"]
+from resilient._guard import faces, flags
+
+__all__ = ["Errors", "quick", "text"]
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -61,17 +62,9 @@ class Errors:
 def quick(parameter: str, function: C) -> C:
     """`function`, if it answers at once: the coroutine of an `async def` would always be true."""
     for face in faces(function):
-        if getattr(getattr(face, "__code__", None), "co_flags", 0) & 0x280:
+        if flags(face) & 0x280:
             raise TypeError(f"{parameter} must answer at once, and {face.__qualname__} is a coroutine function")
     return function
-
-
-def faces(function: Any) -> tuple[Any, Any]:
-    """What runs when `function` is called, whatever it is: itself without partials, and the `__call__` of its class."""
-    while partial in type(function).__mro__:
-        function = function.func
-    called = (vars(base)["__call__"] for base in type(function).__mro__ if "__call__" in vars(base))
-    return getattr(function, "__func__", function), next(called, None)
 
 
 def text(error: BaseException) -> str:

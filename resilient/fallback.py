@@ -19,7 +19,7 @@ from collections.abc import (
 )
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
 
-from resilient._guard import decorate
+from resilient._guard import decorate, kind_of
 from resilient._stream import Opened, opened_gen, opened_stream
 from resilient._verdict import Errors
 from resilient.policy import Policy
@@ -84,10 +84,7 @@ class Fallback(Policy, Generic[D]):
         self._asynchronous = False
         self._wants_error = False
         if self._function is not None:
-            import inspect
-
-            faces = (value, getattr(value, "__func__", None), type(value).__call__)
-            self._asynchronous = any(map(inspect.iscoroutinefunction, faces))
+            self._asynchronous = kind_of(value) == "coro"
             self._wants_error = _has_error(value)
         chosen = Errors("on", on, failures=True)
         # The interpreter's own matching is free on the success path; predicates are asked afterwards.

@@ -11,6 +11,7 @@ import pickle  # noqa: TID251
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import wrapt
@@ -364,7 +365,8 @@ def test_old_style_coroutine_marks_are_honoured() -> None:
     def marked(x: int) -> Any:
         return coroutine(x)
 
-    marked._is_coroutine = True  # type: ignore[attr-defined] # pyright: ignore[reportFunctionMemberAccess]
+    # As `asyncio.iscoroutinefunction` knows it; Cython and others set it.
+    marked._is_coroutine = vars(asyncio.coroutines)["_is_coroutine"]  # type: ignore[attr-defined] # pyright: ignore
     assert asyncio.run(Tracer()(marked)(1)) == (1, 2, 3)
 
 
@@ -575,3 +577,68 @@ def test_a_watched_call_that_fails_reports_its_error() -> None:
     with pytest.raises(KeyError):
         asyncio.run(watched(afails)())
     assert [repr(event.error) for event in recorder.of(resilient.CallEnded)] == ["KeyError('x')", "KeyError('y')"]
+
+
+class Obliging:
+    """Has every attribute, as a `Mock` has, or the methods of an `xmlrpc.client.ServerProxy`."""
+
+    def __getattr__(self, name: str) -> Obliging:
+        return Obliging()
+
+    def __call__(self, x: int) -> str:
+        return f"called with {x}"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        mock.Mock(return_value="called with 1"),
+        mock.MagicMock(return_value="called with 1"),
+        mock.Mock(spec=plain, return_value="called with 1"),
+        mock.MagicMock(spec=plain, return_value="called with 1"),
+        mock.create_autospec(plain, return_value="called with 1"),
+        Obliging(),
+    ],
+    ids=["Mock", "MagicMock", "Mock(spec)", "MagicMock(spec)", "autospec", "every attribute"],
+)
+def test_what_has_every_attribute_is_no_coroutine_function_for_that(target: Any) -> None:
+    tracer = Tracer()
+    assert tracer(target)(1) == "called with 1"
+    assert isinstance(tracer.name, str)
+
+
+def test_async_mocks_are_awaited() -> None:
+    for target in (mock.AsyncMock(return_value=2), mock.create_autospec(coroutine, return_value=2)):
+        guarded = Tracer()(target)
+        assert inspect.iscoroutinefunction(guarded)
+        assert asyncio.run(guarded(1)) == 2
+
+
+def test_an_inherited_async_call_is_found() -> None:
+    class Client:
+        async def __call__(self, x: int) -> int:
+            return x
+
+    class Mine(Client):
+        pass
+
+    assert asyncio.run(Tracer()(Mine())(1)) == 1
+
+
+def test_what_is_shown_to_listeners_bears_the_name_of_the_function() -> None:
+    """The breaker hands on what it calls: the next shell inwards, or the check of the first result."""
+    shown: list[tuple[str, str]] = []
+
+    class Shows(Policy):
+        name = "shows"
+
+        def sync(self, call: Any, env: Env) -> Any:
+            def show(*args: Any, **kwargs: Any) -> Any:
+                shown.append((call.__name__, call.__qualname__))
+                return call(*args, **kwargs)
+
+            return show
+
+    Pipeline(Shows(), Shows())(plain)(1)
+    Shows()(functools.partial(plain, 1))()
+    assert shown == [("plain", "plain")] * 3
