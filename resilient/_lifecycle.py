@@ -9,6 +9,7 @@ need not even ask until the instant `_shut`: whoever refuses a call by that coun
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import NamedTuple, Protocol
 
@@ -63,7 +64,6 @@ class Lifecycle:
         "_isolated",
         "_last",
         "_lease",
-        "_lock",
         "_news",
         "_opened",
         "_permit",
@@ -80,10 +80,12 @@ class Lifecycle:
         "trip",
     )
 
+    # One lock for all breakers: it is held for a few steps, never on the way of a success, and an own one weighs 88
+    # bytes. Re-entrant, since a finaliser that closes a generator gives its permit back wherever it happens to run.
+    _lock = threading.RLock()
     _permit: Permit | None
 
     def __init__(self, trip: Rules, cooldown: float, probes: int, lease: float, *, brisk: bool = False) -> None:
-        self._lock = threading.Lock()
         self.trip, self._cooldown, self._probes, self._lease = trip, cooldown, probes, lease
         self._state = self._seen = CLOSED
         self._epoch = self._opened = self._won = self._isolated = 0
@@ -236,8 +238,7 @@ class Lifecycle:
             return first
 
     def _forked(self) -> None:
-        """In the child of a fork no other thread lives, so nobody will give the lock back, or end a telling."""
-        self._lock = threading.Lock()
+        """In the child of a fork no other thread lives, so nobody will end a telling."""
         self._telling = False
 
     def _told(self) -> None:
@@ -270,3 +271,11 @@ class Lifecycle:
         """The share of failures that the rules judge by; 0.0 while not closed."""
         with self._lock:
             return 0.0 if self._tally is None else self._tally.share(now)
+
+
+def _free_lock() -> None:
+    # In the child of a fork no other thread lives to give it back.
+    Lifecycle._lock = threading.RLock()
+
+
+getattr(os, "register_at_fork", dict)(after_in_child=_free_lock)

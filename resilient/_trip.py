@@ -28,13 +28,18 @@ class Trip:
     slower_than = INF
     """The seconds beyond which the rule calls a call slow."""
 
+    @property
+    def settled(self) -> float:
+        """The number of calls up to which a success may trip; infinity where the window wants to hear of all."""
+        return 0
+
     def windows(self) -> tuple[Window, ...]:
         """Fresh windows, for a new epoch."""
         raise NotImplementedError
 
     def tally(self) -> Tally:
         """A new epoch."""
-        return Tally(self.windows(), self.slower_than)
+        return Tally(self)
 
     def __or__(self, other: Trip) -> AnyOf:
         return AnyOf(self, other) if isinstance(other, Trip) else NotImplemented
@@ -116,6 +121,10 @@ class _Rate(Trip):
         if over is not None and minimum > over:
             raise ValueError(f"minimum must be at most over ({over}), not {minimum!r}: the rule could never trip")
         _set(self, rate=float(rate), over=over, seconds=seconds, minimum=minimum)
+
+    @property
+    def settled(self) -> float:
+        return INF if self.seconds is not None else self.minimum
 
     def _window(self, slower_than: float | None) -> tuple[Window, ...]:
         if self.over is not None:
@@ -202,6 +211,10 @@ class AnyOf(Trip):
     @property
     def slower_than(self) -> float:  # type: ignore[override]
         return min(rule.slower_than for rule in self.rules)
+
+    @property
+    def settled(self) -> float:
+        return max(rule.settled for rule in self.rules)
 
     def windows(self) -> tuple[Window, ...]:
         return tuple(window for rule in self.rules for window in rule.windows())

@@ -49,11 +49,6 @@ PASS = Permit(False)
 class Window(Protocol):
     """What one rule remembers of an epoch."""
 
-    minimum: int
-    """The number of calls before which the rule never trips."""
-    steady: bool
-    """Whether the rule wants to hear of every call, not only of the bad ones and those before `minimum`."""
-
     def note(self, total: int, successes: int, failed: bool, elapsed: float, now: float) -> str | None:
         """Take in one call that ended, the `total`th of the epoch; the reason to trip, or None."""
         ...
@@ -63,13 +58,24 @@ class Window(Protocol):
         ...
 
 
+class Rules(Protocol):
+    """What an epoch asks of its trip rules."""
+
+    @property
+    def slower_than(self) -> float: ...
+
+    @property
+    def settled(self) -> float:
+        """The number of calls up to which every success must be noted, not only counted."""
+        ...
+
+    def windows(self) -> tuple[Window, ...]: ...
+
+
 class Streak:
     """Trips on `limit` failures with no success between them."""
 
     __slots__ = ("limit", "mark", "streak")
-
-    minimum = 0
-    steady = False
 
     def __init__(self, limit: int) -> None:
         self.limit, self.streak, self.mark = limit, 0, 0
@@ -94,8 +100,6 @@ class Calls:
     """
 
     __slots__ = ("gone", "marks", "minimum", "over", "rate", "slower_than")
-
-    steady = False
 
     def __init__(self, rate: float, over: int, minimum: int, slower_than: float | None) -> None:
         self.rate, self.over, self.minimum, self.slower_than = rate, over, minimum, slower_than
@@ -136,8 +140,6 @@ class Seconds:
 
     __slots__ = ("bad", "calls", "minimum", "rate", "slices", "slower_than", "width")
 
-    steady = True
-
     def __init__(self, rate: float, seconds: float, minimum: int, slower_than: float | None) -> None:
         self.rate, self.width, self.minimum, self.slower_than = rate, seconds / SLICES, minimum, slower_than
         self.calls = self.bad = 0
@@ -177,14 +179,20 @@ def _reason(bad: int, calls: int, slower_than: float | None) -> str:
 class Tally(Permit):
     """One closed epoch: how its calls ended, and the windows of its rules. It is the permit of all of its calls."""
 
-    __slots__ = ("failures", "minimum", "slow", "windows")
+    __slots__ = ("_made", "_rules", "failures", "slow")
 
-    def __init__(self, windows: tuple[Window, ...], slower_than: float = INF) -> None:
-        # The number of calls up to which every success is settled.
-        self.minimum = max(INF if window.steady else window.minimum for window in windows)
-        super().__init__(self.minimum > 0, slower_than)
-        self.windows = windows
+    def __init__(self, rules: Rules) -> None:
+        super().__init__(rules.settled > 0, rules.slower_than)
+        self._rules = rules
+        self._made: tuple[Window, ...] = ()
         self.failures = self.slow = 0
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows of the rules, made when first something is to be remembered: most breakers never see it."""
+        if not self._made:
+            self._made = self._rules.windows()
+        return self._made
 
     @property
     def total(self) -> int:
@@ -198,16 +206,18 @@ class Tally(Permit):
         self.slow += elapsed > self.slower_than
         total = successes + self.failures
         reason: str | None = None
-        for window in self.windows:
-            reason = window.note(total, successes, failed, elapsed, now) or reason
+        settled = self._rules.settled
+        if self.failures or self.slow or settled == INF:
+            for window in self.windows:
+                reason = window.note(total, successes, failed, elapsed, now) or reason
         # A flag, not an equality: two threads may pass a minimum together, and one of them must still see it.
-        self.cold = total < self.minimum
+        self.cold = total < settled
         return reason
 
     def share(self, now: float) -> float:
         """The share of failures that the rules judge by (without such a rule: of the whole epoch)."""
         total = self.total
-        for window in self.windows:
+        for window in self._made:
             share = None if getattr(window, "slower_than", None) is not None else window.share(total, now)
             if share is not None:
                 return share

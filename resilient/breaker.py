@@ -36,6 +36,8 @@ Judge: TypeAlias = "Callable[[Any, Exception | None], Verdict | None]"
 
 # `permit.n += 1` is atomic only under the GIL, which CPython gives up at calls, backward jumps and function entry.
 GIL: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+# `BreakerOpen(...)` without the cost of its `__init__`.
+_new: Callable[..., BreakerOpen] = Exception.__new__
 _DEFAULT_TRIP = FailureRate(0.5, over=100, minimum=10)
 _ON, _IGNORE = Errors("on", Exception), Errors("ignore", ())  # shared: most breakers keep the defaults
 
@@ -47,22 +49,22 @@ class BreakerOpen(Rejected, CircuitBreakerError):
     what opened the circuit, as text. The error itself is not kept: its traceback would keep frames alive.
     """
 
-    # Slots: an instance dictionary would cost a third of a refusal.
-    __slots__ = ("cause", "policy", "retry_after")
+    __slots__ = ()
 
     reason = "the circuit is open"
 
     def __init__(self, policy: str, retry_after: float | None = None, cause: str | None = None) -> None:
-        self.policy = policy
-        self.retry_after = retry_after
-        self.cause = cause
+        Exception.__init__(self, policy, retry_after, cause)
+
+    @property
+    def cause(self) -> str | None:
+        """What opened the circuit, as text."""
+        text: str | None = self.args[2]
+        return text
 
     def __str__(self) -> str:
         text = super().__str__()
         return text if self.cause is None else f"{text} (cause: {self.cause})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.policy, self.retry_after, self.cause)
 
 
 class CircuitBreaker(Circuit, Policy):
@@ -151,7 +153,7 @@ class CircuitBreaker(Circuit, Policy):
                     now = env.clock.now()
                     if now < self._shut and not env.sinks:
                         self._rejected += 1
-                        raise BreakerOpen(self.name or NAMELESS, self._until - now, self._cause)
+                        raise _new(BreakerOpen, self.name or NAMELESS, self._until - now, self._cause)
                     permit = self._enter(now, env)
                 try:
                     value = call(*args, **kwargs)
@@ -191,7 +193,7 @@ class CircuitBreaker(Circuit, Policy):
                     now = env.clock.now()
                     if now < self._shut and not env.sinks:
                         self._rejected += 1
-                        raise BreakerOpen(self.name or NAMELESS, self._until - now, self._cause)
+                        raise _new(BreakerOpen, self.name or NAMELESS, self._until - now, self._cause)
                     permit = self._enter(now, env)
                 try:
                     value = await call(*args, **kwargs)

@@ -40,19 +40,30 @@ class Rejected(ResilientError):
     call has a chance, or None where nobody can know.
     """
 
+    # A rejection is a hot path of its own: all that it knows is in `args`, so that `Exception.__new__` alone can make
+    # one, and its text is made when somebody reads it.
+    __slots__ = ()
+
     reason = "refused the call"
 
     def __init__(self, policy: str, retry_after: float | None = None) -> None:
-        self.policy = policy
-        self.retry_after = retry_after
+        super().__init__(policy, retry_after)
 
-    # The text is made when somebody reads it: a rejection is a hot path of its own.
+    @property
+    def policy(self) -> str:
+        """The name of the policy that refused."""
+        name: str = self.args[0]
+        return name
+
+    @property
+    def retry_after(self) -> float | None:
+        """The seconds after which a new call has a chance, or None where nobody can know."""
+        seconds: float | None = self.args[1]
+        return seconds
+
     def __str__(self) -> str:
         text = f"{self.policy}: {self.reason}"
         return text if self.retry_after is None else f"{text}; retry after {self.retry_after:.3g} s"
-
-    def __reduce__(self) -> tuple[type[Rejected], tuple[str, float | None]]:
-        return type(self), (self.policy, self.retry_after)
 
 
 class BulkheadFull(Rejected):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from resilient import Consecutive, FailureRate, SlowRate
-from resilient._lifecycle import CLOSED, HALF_OPEN, OPEN, Change, Lifecycle
+from resilient._lifecycle import CLOSED, HALF_OPEN, OPEN, Change, Lifecycle, _free_lock
 from resilient._trip import Trip
 from resilient._window import PASS, Permit, Probe, Tally
 
@@ -337,8 +337,11 @@ def test_a_call_that_found_no_permit_may_find_it_closed_again() -> None:
 
 def test_after_a_fork_the_lock_is_free() -> None:
     circuit = life(Consecutive(1))
-    circuit._lock.acquire()
+    held = threading.Thread(target=circuit._lock.acquire)
+    held.start()
+    held.join()
     circuit._telling = True
+    _free_lock()
     circuit._forked()
     fail(circuit)
     assert len(told(circuit)) == 1
