@@ -97,7 +97,13 @@ class Timers:
 
 
 async def within(
-    clock: Clock, until: float, late: Callable[[], BaseException], call: Callable[..., Any], *args: Any, **kwargs: Any
+    clock: Clock,
+    until: float,
+    late: Callable[[], BaseException],
+    call: Callable[..., Any],
+    /,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Await `call(*args, **kwargs)` until the instant `until`; then cancel it, wait for its end, and raise `late()`.
 

@@ -53,7 +53,7 @@ class Circuit(Lifecycle):
 
     # -- telling others: never under the lock, one change at a time, in order ------------------------------------------
 
-    def _notify(self, what: str, *args: Any, **kwargs: Any) -> None:
+    def _notify(self, what: str, /, *args: Any, **kwargs: Any) -> None:
         from resilient._pybreaker import notify
 
         notify(self, what, *args, **kwargs)

@@ -169,7 +169,7 @@ def _run(made: Guarded) -> Call:
 def _compile(made: Guarded, kind: Kind, call: Call) -> list[Call]:
     """The shells around `call`, innermost first."""
     chain = made.policies
-    if any(getattr(sink, "wants_calls", False) for sink in made.env.sinks):
+    if any(getattr(sink, "wants_calls", False) is True for sink in made.env.sinks):
         from resilient.policy import Watch
 
         chain = (Watch(_name(made.target)), *chain)

@@ -153,7 +153,7 @@ class View:
         return self._circuit._listeners
 
 
-def notify(circuit: Circuit, what: str, *args: Any, **kwargs: Any) -> None:
+def notify(circuit: Circuit, what: str, /, *args: Any, **kwargs: Any) -> None:
     """Tell each listener. Called outside every lock."""
     if what == "state_change":
         args = tuple(map(StateFace, args))

@@ -827,3 +827,16 @@ def test_in_the_child_of_a_fork_the_thread_starts_anew(refresher: Refresher) -> 
 
 def test_the_process_has_one_refresher() -> None:
     assert module.REFRESHER is REFRESHER
+
+
+def test_arguments_may_have_any_name() -> None:
+    witness = Witness()
+    bench = Bench(listeners=[witness])
+    named = dict.fromkeys(("self", "what", "circuit", "args", "kwargs", "env", "permit"), 1)
+
+    @bench.breaker
+    def call(**named: int) -> dict[str, int]:
+        return named
+
+    assert call(**named) == named
+    assert bench.breaker.state == "closed"

@@ -642,3 +642,9 @@ def test_what_is_shown_to_listeners_bears_the_name_of_the_function() -> None:
     Pipeline(Shows(), Shows())(plain)(1)
     Shows()(functools.partial(plain, 1))()
     assert shown == [("plain", "plain")] * 3
+
+
+def test_a_sink_that_has_every_attribute_does_not_ask_for_calls() -> None:
+    sink = mock.Mock()
+    Pipeline(Tracer(), env=Env(sinks=[sink]))(plain)(1)
+    sink.assert_not_called()

@@ -1178,3 +1178,18 @@ def test_an_error_in_the_step_in_which_the_time_is_over_leaves_no_cancel_behind(
         await clock.asleep(1.0)
 
     run_asyncio(main)
+
+
+@both
+def test_arguments_may_have_any_name(run: Callable[..., Any]) -> None:
+    @Timeout(60.0)
+    async def call(**named: int) -> dict[str, int]:
+        return named
+
+    named = dict.fromkeys(("self", "clock", "until", "late", "call", "args", "kwargs", "env", "seconds"), 1)
+
+    async def main() -> dict[str, int]:
+        with deadline(30.0):
+            return await call(**named)
+
+    assert run(main) == named
