@@ -239,10 +239,15 @@ def test_a_new_slot_that_somebody_else_takes_first_is_followed_by_the_next() -> 
             else:
                 super().append(token)
 
-    bulkhead = Bulkhead(4)
-    bulkhead._tokens = Snatched()
+    async def block() -> None:
+        async with crowded:
+            assert crowded._spare == 0
+
+    bulkhead, crowded = Bulkhead(4), Bulkhead(4)
+    bulkhead._tokens, crowded._tokens = Snatched(), Snatched()
     with bulkhead:
         assert bulkhead._spare == 0
+    asyncio.run(block())
     assert Bulkhead(1)._grown()
 
 

@@ -172,3 +172,16 @@ def test_timers_of_a_loop_that_is_gone_are_dropped() -> None:
     thread.start()
     thread.join()
     assert clock.now() == 2.0
+
+
+def test_the_clock_stops_looking_when_there_is_nothing_to_jump_to() -> None:
+    clock = FakeClock()
+
+    async def main() -> None:
+        await clock.asleep(1.0)
+        await trio.testing.wait_all_tasks_blocked(0.001)
+        assert not clock._watched
+        await clock.asleep(1.0)
+
+    trio.run(main)
+    assert clock.now() == 2.0
