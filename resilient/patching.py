@@ -15,10 +15,17 @@ from typing import Any
 __all__ = ["Patch", "patch"]
 
 
+# The patches of each attribute, the oldest first, so that they can be undone in any order.
+_stacks: dict[tuple[int, str], list[Patch]] = {}
+_lock = threading.RLock()
+
+
 class Patch:
     """The handle of one patch. `undo()` it, or use it as a context manager."""
 
     def __init__(self, path: str, policy: Callable[[Any], Any]) -> None:
+        if not isinstance(path, str):
+            raise TypeError(f"path must be a string, not {path!r}")
         module, colon, attribute = path.partition(":")
         if not (module and colon and attribute):
             raise ValueError(f"path must look like 'package.module:Class.attribute', not {path!r}")
@@ -26,7 +33,6 @@ class Patch:
             raise TypeError(f"policy must be a policy or a Pipeline, not {policy!r}")
         self.path = path
         self._module, self._attribute, self._policy = module, attribute, policy
-        self._lock = threading.Lock()
         self._undone = False
         self._place: tuple[Any, str, Any, bool] | None = None
 
@@ -36,18 +42,30 @@ class Patch:
         return self._place is not None and not self._undone
 
     def undo(self) -> None:
-        """Put back what was there. Doing it twice does no harm; before the module is imported it cancels the patch."""
-        with self._lock:
+        """Put back what was there, in any order of several patches; twice does no harm.
+
+        Before the module is imported it cancels the patch.
+        """
+        with _lock:
             if self._undone:
                 return
             self._undone = True
             if self._place is None:
                 return
             parent, name, original, own = self._place
-            if own:
-                setattr(parent, name, original)
-            else:
+            stack = _stacks[id(parent), name]
+            above = stack[stack.index(self) + 1 :]
+            stack.remove(self)
+            if not stack:
+                del _stacks[id(parent), name]
+            if not above and not own:
                 delattr(parent, name)
+                return
+            # Patches that came later stay: what they guard now is what this one guarded.
+            for later in above:
+                later._place = (parent, name, original, own)
+                original, own = later._policy(original), True
+            setattr(parent, name, original)
 
     def __enter__(self) -> Patch:
         return self
@@ -62,13 +80,14 @@ class Patch:
     def _apply(self, module: Any) -> None:
         import wrapt
 
-        with self._lock:
+        with _lock:
             if self._undone:
                 return
             parent, name, original = wrapt.resolve_path(module, self._attribute)
             own = name in vars(parent)
             wrapt.apply_patch(parent, name, self._policy(original))
             self._place = (parent, name, original, own)
+            _stacks.setdefault((id(parent), name), []).append(self)
 
 
 def patch(path: str, policy: Callable[[Any], Any]) -> Patch:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import resilient
-from resilient import Pipeline, patch
+from resilient import Pipeline, patch, patching
 from tests.tracer import Tracer
 
 SOURCE = """
@@ -119,3 +119,27 @@ def test_what_is_no_policy_or_not_there_is_refused_at_once() -> None:
         patch("json:dumps", 3)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     with pytest.raises(AttributeError):
         patch("json:no_such_thing", Tracer())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)], ids=str)
+@pytest.mark.parametrize("attribute", ["get", "Session.request", "Session.make", "Inherits.request"])
+def test_patches_of_one_attribute_are_undone_in_any_order(foreign: str, attribute: str, order: tuple[int, ...]) -> None:
+    module: Any = load(foreign)
+    module.Inherits = type("Inherits", (module.Session,), {})
+    *owner, name = attribute.split(".")
+    parent = getattr(module, owner[0]) if owner else module
+    before = vars(parent).get(name)
+    policies = [Tracer(), Tracer(), Tracer()]
+    handles = [patch(f"{foreign}:{attribute}", policy) for policy in policies]
+    left = policies[::-1]
+    for place in order:
+        assert resilient.inspect(getattr(parent, name)) == tuple(left)
+        handles[place].undo()
+        left.remove(policies[place])
+    assert vars(parent).get(name) is before
+    assert not patching._stacks
+
+
+def test_a_path_that_is_no_string_is_refused() -> None:
+    with pytest.raises(TypeError, match="path must be a string, not None"):
+        patch(None, Tracer())  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
