@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from threading import TIMEOUT_MAX
 from typing import Protocol, runtime_checkable
 
 __all__ = ["Clock", "Rng", "SystemClock", "Timer", "in_trio", "system_rng"]
@@ -100,7 +101,7 @@ class SystemClock:
 
     def wait(self, acquire: Callable[[float], bool], seconds: float | None) -> bool:
         """Block this thread in `acquire(timeout)`: -1 stands for no end, as in `threading.Lock.acquire`."""
-        return acquire(-1 if seconds is None else max(0.0, seconds))
+        return acquire(-1 if seconds is None else min(max(0.0, seconds), TIMEOUT_MAX))
 
     def call_at(self, until: float, callback: Callable[[], object]) -> Timer:
         """Run `callback` in the running loop at the monotonic instant `until`."""

@@ -6,15 +6,13 @@ when a function is decorated, and costs nothing of its own at a call. Immutable;
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from resilient._guard import decorate, guarded
 from resilient._types import F
-from resilient.policy import Policy
-
-if TYPE_CHECKING:
-    from resilient.policy import Env
+from resilient.policy import Env, Policy
 
 __all__ = ["Pipeline", "inspect"]
 
@@ -24,8 +22,9 @@ _SHELLS = ("sync", "coro", "gen", "stream")
 class Pipeline:
     """Guard a function with several policies, outermost first.
 
-    A pipeline inside a pipeline stands for its policies. `env` binds the decorated functions to another environment
-    than the system's. Raises `TypeError` for what is no policy, `ValueError` for none or for one that is there twice.
+    A pipeline inside a pipeline stands for its policies, and an `aiolimiter.AsyncLimiter` for `RateLimiter.adopt` of
+    it. `env` binds the decorated functions to another environment than the system's. Raises `TypeError` for what is
+    no policy, `ValueError` for none or for one that is there twice.
 
     >>> from resilient import Fallback, Pipeline, Retry
     >>> pipeline = Pipeline(Fallback(None), Retry(ConnectionError, attempts=2))
@@ -41,9 +40,11 @@ class Pipeline:
             flat.extend(policy.policies if isinstance(policy, Pipeline) else (policy,))
         if not flat:
             raise ValueError("a Pipeline needs at least one policy")
-        for policy in flat:
+        for place, policy in enumerate(flat):
             if isinstance(policy, type) or not any(hasattr(policy, kind) for kind in _SHELLS):
-                raise TypeError(f"{policy!r} is not a policy (did you forget to call it?)")
+                flat[place] = _adopted(policy)
+        if env is not None and not isinstance(env, Env):
+            raise TypeError(f"env must be an Env, not {env!r}")
         if len({id(policy) for policy in flat}) < len(flat):
             raise ValueError("the same policy object is in the Pipeline twice: it would wait for itself")
         self.policies: tuple[Any, ...] = tuple(flat)
@@ -69,6 +70,16 @@ class Pipeline:
     def __str__(self) -> str:
         lines = (f"{'  ' * depth}{policy!r}" for depth, policy in enumerate(self.policies))
         return "\n".join(lines)
+
+
+def _adopted(given: Any) -> Any:
+    """The policy that stands for somebody else's object."""
+    aiolimiter = sys.modules.get("aiolimiter")
+    if aiolimiter is None or not isinstance(given, aiolimiter.AsyncLimiter):
+        raise TypeError(f"{given!r} is not a policy (did you forget to call it?)")
+    from resilient.ratelimit import RateLimiter
+
+    return RateLimiter.adopt(given)
 
 
 def _described(policy: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the call. Shells are made once, at decoration. A policy of your own needs no mor
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -113,7 +114,8 @@ def seconds(parameter: str, value: float, *, zero: bool = False) -> float:
     """`value` as a float, if it is a finite number of seconds above zero (or zero, with `zero`); else an error."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{parameter} must be a number, not {value!r}")
-    if not (value >= 0 if zero else value > 0) or value == float("inf"):
+    # An integer may be beyond all floats.
+    if not (value >= 0 if zero else value > 0) or value > sys.float_info.max:
         raise ValueError(f"{parameter} must be a finite number {'of at least' if zero else 'above'} 0, not {value!r}")
     return float(value)
 

@@ -90,7 +90,8 @@ def test_waiting_for_a_lock_ends_with_it_or_with_the_time() -> None:
     assert clock.wait(acquire, None)
     assert not clock.wait(acquire, 2.0)
     assert not clock.wait(acquire, -2.0)
-    assert asked == [-1, 2.0, 0.0]
+    assert not clock.wait(acquire, 1e300), "no lock can wait that long"
+    assert asked == [-1, 2.0, 0.0, threading.TIMEOUT_MAX]
 
 
 def test_callbacks_run_in_the_loop_at_their_time() -> None:

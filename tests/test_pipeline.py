@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import aiolimiter
 import pytest
 
 import resilient
 from resilient import Pipeline
+from resilient.testing import FakeClock
 from tests.tracer import Tracer, plain
 
 
@@ -67,3 +71,21 @@ def test_one_pipeline_guards_many_functions_with_the_same_policies() -> None:
     pipeline(plain)(1)
     pipeline(len)("abc")
     assert trace.log == ["+t", "-t"] * 2
+
+
+def test_an_async_limiter_is_a_policy_for_coroutines() -> None:
+    limiter = aiolimiter.AsyncLimiter(1, 60.0)
+    pipeline = Pipeline(Tracer(), limiter)
+
+    @pipeline
+    async def call() -> bool:
+        return limiter.has_capacity()
+
+    assert asyncio.run(call()) is False
+    with pytest.raises(TypeError, match="guards coroutines only"):
+        pipeline(plain)
+
+
+def test_an_env_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="env must be an Env, not <resilient"):
+        Pipeline(Tracer(), env=FakeClock())  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
