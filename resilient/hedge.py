@@ -180,7 +180,10 @@ class Hedge(Policy):
 
     async def _in_trio(self, env: Env, call: Call, args: Any, kwargs: Any) -> Any:
         from resilient._aio import race_trio
+        from resilient.clock import in_trio
 
+        if not in_trio():
+            raise RuntimeError("Hedge needs a task of asyncio or trio, and this coroutine runs outside of every task")
         delay, until = self.delay, nearest(env.clock)
         if delay is None:
             return await call(*args, **kwargs)

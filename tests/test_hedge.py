@@ -597,3 +597,12 @@ def test_one_policy_under_two_clocks_and_no_clock_but_the_systems() -> None:
     first: Callable[[], Awaitable[int]] = policy(call)
     assert asyncio.run(first()) == 1  # type: ignore[arg-type]
     assert run_asyncio(Pipeline(policy, env=Env(FakeClock()))(call)) == 1
+
+
+def test_a_coroutine_that_nobody_runs_in_a_task_is_refused() -> None:
+    @Hedge(1.0, idempotent=True)
+    async def call() -> None: ...
+
+    coroutine = call()
+    with pytest.raises(RuntimeError, match="Hedge needs a task of asyncio or trio"):
+        coroutine.send(None)
