@@ -371,3 +371,60 @@ def test_probes_from_many_threads_never_exceed_their_places() -> None:
         thread.join()
     assert sum(permit is not None for permit in got) == 3
     assert circuit._rejected == 13
+
+
+def test_every_change_says_what_why_when_and_whether_others_should_know() -> None:
+    """By results: to be shared. By hand: not. Epochs count one by one."""
+    circuit = life(Consecutive(1))
+    fail(circuit, 1.0)
+    probe = circuit._admit(11.0)
+    assert isinstance(probe, Probe)
+    circuit._ended(probe, True, 0.0, 12.0)
+    again = circuit._admit(22.0)
+    assert again is not None
+    circuit._ended(again, False, 0.0, 23.0)
+    circuit._force(OPEN, "by hand", 30.0, remaining=5.0, opened=7)
+    circuit._force(CLOSED, "by hand too", 31.0)
+    circuit._hold(1, "held", 40.0)
+    circuit._hold(-1, "let go", 41.0)
+    fail(circuit, 50.0)
+    circuit._switch(True, "off", 51.0)
+    circuit._switch(False, "on", 52.0)
+    assert told(circuit) == [
+        Change(CLOSED, OPEN, "1 failures in a row", 1, 1, 1.0, True),
+        Change(OPEN, HALF_OPEN, "the cooldown is over", 2, 1, 11.0, True),
+        Change(HALF_OPEN, OPEN, "a probe failed", 3, 2, 12.0, True),
+        Change(OPEN, HALF_OPEN, "the cooldown is over", 4, 2, 22.0, True),
+        Change(HALF_OPEN, CLOSED, "1 of 1 probes succeeded", 5, 0, 23.0, True),
+        Change(CLOSED, OPEN, "by hand", 6, 7, 30.0, False),
+        Change(OPEN, CLOSED, "by hand too", 7, 0, 31.0, False),
+        Change(CLOSED, OPEN, "held", 7, 0, 40.0, False),
+        Change(OPEN, CLOSED, "let go", 7, 0, 41.0, False),
+        Change(CLOSED, OPEN, "1 failures in a row", 8, 1, 50.0, True),
+        Change(OPEN, CLOSED, "off", 8, 1, 51.0, False),
+        Change(CLOSED, OPEN, "on", 8, 1, 52.0, False),
+    ]
+
+
+def test_totals_add_up_over_epochs() -> None:
+    circuit = life(Consecutive(2) | SlowRate(1.0, slower_than=1.0, over=50, minimum=50))
+    for epoch in range(3):
+        for elapsed in (2.0, 2.0, 0.5):
+            permit = let_in(circuit, 0.0)
+            permit.n += 1
+            circuit._ended(permit, False, elapsed, 0.0, counted=True)
+        fail(circuit)
+        fail(circuit)
+        assert circuit._last == 2
+        assert circuit._totals() == (5 * (epoch + 1), 2 * (epoch + 1), 2 * (epoch + 1))
+        circuit._force(CLOSED, "again", 0.0)
+
+
+def test_a_probe_as_slow_as_allowed_is_not_slow() -> None:
+    for elapsed, state in ((1.0, CLOSED), (1.1, OPEN)):
+        circuit = life(Consecutive(1) | SlowRate(1.0, slower_than=1.0, over=5, minimum=5))
+        fail(circuit)
+        probe = circuit._admit(10.0)
+        assert probe is not None
+        reason = circuit._ended(probe, False, elapsed, 11.0)
+        assert (circuit._state, reason) == (state, None if state == CLOSED else "a probe was slow")

@@ -854,3 +854,31 @@ def test_pyrate_limiter_polling_is_one_sleep_here() -> None:
     limiter.acquire_sync()
     limiter.acquire_sync()
     assert clock.slept == [1000.0]
+
+
+def test_a_coroutine_leaks_and_fills_the_bucket_as_a_plain_function_does() -> None:
+    """The same calls at the same instants: the two shells agree on every one."""
+    instants = [0.0, 0.0, 0.0, 0.1, 0.5, 0.5, 0.75, 2.0, 2.0, 2.0, 2.0, 9.0, 9.25, 9.5, 9.5, 9.5, 9.75]
+    outcomes: list[list[bool]] = []
+    for kind in ("sync", "coro"):
+        clock = FakeClock()
+        guard = Pipeline(RateLimiter(4.0, burst=3), env=Env(clock=clock))
+
+        @guard
+        def plain() -> bool:
+            return True
+
+        @guard
+        async def coro() -> bool:
+            return True
+
+        admitted: list[bool] = []
+        for instant in instants:
+            clock.advance(instant - clock.now())
+            try:
+                admitted.append(plain() if kind == "sync" else asyncio.run(coro()))
+            except RateLimited:
+                admitted.append(False)
+        outcomes.append(admitted)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] == [True] * 3 + [False] + [True] * 2 + [True] * 4 + [False] + [True] * 6
