@@ -42,9 +42,9 @@ On = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], objec
 class Fallback(Policy, Generic[D]):
     """Answer with a value, or with what a function returns, when the call fails with `on`.
 
-    A function is called with the arguments of the call, and with the error as `error=` if it has a parameter of that
-    name. It may be `async def` where the guarded function is. Anything callable counts as a function: give
-    `lambda *args, **kwargs: thing` for a value that happens to be callable.
+    A function is called with the arguments of the call (without them if it has no parameters for any), and with the
+    error as `error=` if it has a parameter of that name. It may be `async def` where the guarded function is. Anything
+    callable counts as a function: give `lambda: thing` for a value that happens to be callable.
 
     `on` is an exception class, a tuple of them, or a predicate of the error; by default every `Exception`, those by
     which policies refuse or cut off a call included. If the fallback fails, its error comes out, with the first one as
@@ -61,7 +61,7 @@ class Fallback(Policy, Generic[D]):
     '/nowhere: FileNotFoundError'
     """
 
-    __slots__ = ("_asynchronous", "_caught", "_fits", "_function", "_wants_error", "name", "on", "value")
+    __slots__ = ("_asynchronous", "_bare", "_caught", "_fits", "_function", "_wants_error", "name", "on", "value")
 
     role = "fallback"
 
@@ -82,10 +82,10 @@ class Fallback(Policy, Generic[D]):
         self.name = name
         self._function: Callable[..., Any] | None = value if callable(value) else None
         self._asynchronous = False
-        self._wants_error = False
+        self._wants_error = self._bare = False
         if self._function is not None:
             self._asynchronous = kind_of(value) == "coro"
-            self._wants_error = _has_error(value)
+            self._wants_error, self._bare = _takes(value)
         chosen = Errors("on", on, failures=True)
         # The interpreter's own matching is free on the success path; predicates are asked afterwards.
         self._caught: tuple[type[BaseException], ...] = (Exception,) if chosen.predicates else chosen.classes
@@ -171,6 +171,7 @@ class Fallback(Policy, Generic[D]):
     def _answer(self, env: Env, error: BaseException, args: Any, kwargs: Any) -> Any:
         try:
             self._tell(env, error)
+            args, kwargs = ((), {}) if self._bare else (args, kwargs)
             return self._make(args, {**kwargs, "error": error} if self._wants_error else kwargs)
         finally:
             del error
@@ -178,6 +179,7 @@ class Fallback(Policy, Generic[D]):
     async def _aanswer(self, env: Env, error: BaseException, args: Any, kwargs: Any) -> Any:
         try:
             self._tell(env, error)
+            args, kwargs = ((), {}) if self._bare else (args, kwargs)
             return await self._amake(args, {**kwargs, "error": error} if self._wants_error else kwargs)
         finally:
             del error
@@ -220,15 +222,17 @@ class Fallback(Policy, Generic[D]):
             )
 
 
-def _has_error(function: Callable[..., Any]) -> bool:
-    """Whether it has a parameter named `error` (and does not only take any)."""
+def _takes(function: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether it has a parameter named `error` (and does not only take any), and whether it has no others."""
     import inspect
 
     try:
-        parameter = inspect.signature(function).parameters.get("error")
+        parameters = dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return False
-    return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        return False, False
+    error = parameters.get("error")
+    named = error is not None and error.kind in (error.KEYWORD_ONLY, error.POSITIONAL_OR_KEYWORD)
+    return named, len(parameters) == named
 
 
 def _opened(items: Iterable[Any]) -> Opened:

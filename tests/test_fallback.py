@@ -321,3 +321,24 @@ def test_frames_do_not_linger(function: Any, again: bool) -> None:
         assert [ref() for ref in held] == [None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("function", "answer"),
+    [(lambda: "plain", "plain"), (lambda error: type(error).__name__, "KeyError"), (lambda x: x + 1, 8)],
+)
+def test_a_function_gets_what_it_has_parameters_for(function: Any, answer: Any) -> None:
+    """Without parameters it gets nothing, with `error` alone only the error, else the arguments of the call."""
+
+    @Fallback(function)
+    def fails(x: int) -> Any:
+        raise KeyError(x)
+
+    @Fallback(function)
+    async def afails(x: int) -> Any:
+        raise KeyError(x)
+
+    plain: Any = fails
+    coroutine: Any = afails
+    assert plain(7) == answer
+    assert asyncio.run(coroutine(7)) == answer
