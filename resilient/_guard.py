@@ -188,8 +188,10 @@ def _compile(made: Guarded, kind: Kind, call: Call) -> list[Call]:
 def _named(call: Call, target: Call) -> Call:
     """`call` under the name of `target`: listeners and hooks of others are shown what they believe to be that."""
     if type(call) is FunctionType and call is not target:
-        call.__qualname__ = _name(target)
-        call.__name__ = call.__qualname__.rpartition(".")[2]
+        call.__qualname__ = name = _name(target)
+        # The string that is there already, if there is one: a new one for each shell would be most of its weight.
+        own = getattr(target, "__name__", None)
+        call.__name__ = own if isinstance(own, str) else name
     return call
 
 

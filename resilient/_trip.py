@@ -8,7 +8,7 @@ it, afresh for every epoch. Rules over calls cost one increment for a success; `
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self, cast
 
 from resilient._window import INF, Calls, Seconds, Streak, Tally, Window
 from resilient.policy import seconds as checked_seconds
@@ -17,10 +17,23 @@ from resilient.policy import whole
 __all__ = ["AnyOf", "Consecutive", "FailureRate", "SlowRate", "Trip"]
 
 
+_known: dict[Any, Any] = {}
+
+
 class Trip:
     """The base of trip rules: immutable, comparable, joined by `|` (any of them trips)."""
 
     __slots__: tuple[str, ...] = ()
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        # Equal settings are one object: a rule weighs nothing where a thousand breakers have the same.
+        try:
+            return cast(Self, _known.setdefault((cls, args, *sorted(settings.items())), super().__new__(cls)))
+        except TypeError:  # what cannot be hashed cannot be a setting either: `__init__` will say so
+            return super().__new__(cls)
+        finally:
+            if len(_known) > 1000:
+                _known.clear()
 
     timed = False
     """Whether the rule must know the time of every call, successes included."""

@@ -261,3 +261,15 @@ def test_settings_that_make_no_sense(make: Callable[[], object], error: type[Exc
     with pytest.raises(error) as caught:
         make()
     assert str(caught.value) == text
+
+
+def test_equal_rules_are_one_object_within_reason() -> None:
+    """A thousand breakers with the same rule share it; a million different rules are not kept for ever."""
+    assert Consecutive(5) is Consecutive(5)
+    assert FailureRate(0.5, over=7, minimum=3) is FailureRate(0.5, minimum=3, over=7)
+    for number in range(1, 1200):
+        assert Consecutive(number).failures == number
+    with pytest.raises(TypeError, match="failures must be an integer"):
+        Consecutive([5])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="failures must be an integer"):
+        Consecutive(True)
