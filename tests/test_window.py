@@ -273,3 +273,10 @@ def test_equal_rules_are_one_object_within_reason() -> None:
         Consecutive([5])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="failures must be an integer"):
         Consecutive(True)
+
+
+def test_the_share_of_failures_is_none_where_only_slow_calls_were_seen() -> None:
+    tally = (FailureRate(0.5, over=10, minimum=4) | SlowRate(0.9, slower_than=1.0)).tally()
+    tally.n += 1
+    assert tally.note(False, 2.0, 0.0) is None
+    assert tally.share(0.0) == 0.0
