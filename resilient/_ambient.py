@@ -13,7 +13,7 @@ from resilient.clock import Clock, SystemClock
 from resilient.policy import SYSTEM
 from resilient.policy import seconds as checked
 
-__all__ = ["Ambient", "ambient", "deadline", "nearest", "of_system", "remaining", "system"]
+__all__ = ["Ambient", "ambient", "deadline", "nearest", "of_system", "remaining", "restore", "system"]
 
 _INF = float("inf")
 _monotonic = SystemClock.now
@@ -53,6 +53,16 @@ system = _until
 """What carries the deadline by the system's clock."""
 
 
+def restore(variable: Ambient, until: float, outer: float) -> None:
+    """Put `outer` back in place of `until`, unless something else is there.
+
+    A suspended call may be closed in another context, by the garbage collector too: the deadline there is not its own.
+    (Setting it there could even crash CPython 3.11, where the collector may run inside `ContextVar.set`.)
+    """
+    if variable.get() == until:
+        variable.set(outer)
+
+
 def of_system(clock: Clock) -> bool:
     """Whether `clock` tells the system's time."""
     return clock.now is _monotonic
@@ -90,7 +100,7 @@ class deadline:  # noqa: N801 - read as a statement: `with deadline(2.0):`
     True
     """
 
-    __slots__ = ("_clock", "_outer", "_seconds", "_variable")
+    __slots__ = ("_clock", "_outer", "_seconds", "_until", "_variable")
 
     def __init__(self, seconds: float, *, clock: Clock | None = None) -> None:
         self._seconds = checked("seconds", seconds, zero=True)
@@ -99,7 +109,8 @@ class deadline:  # noqa: N801 - read as a statement: `with deadline(2.0):`
 
     def __enter__(self) -> None:
         self._outer = self._variable.get()
-        self._variable.set(min(self._outer, self._clock.now() + self._seconds))
+        self._until = min(self._outer, self._clock.now() + self._seconds)
+        self._variable.set(self._until)
 
     def __exit__(self, *exc: object) -> None:
-        self._variable.set(self._outer)
+        restore(self._variable, self._until, self._outer)

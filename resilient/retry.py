@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from resilient._ambient import ambient, deadline
+from resilient._ambient import ambient, deadline, restore
 from resilient._attempts import Attempt, Block, PlainAttempts
 from resilient._stream import Opened, opened_gen, opened_stream
 from resilient._verdict import Errors, quick
@@ -223,7 +223,8 @@ class Retry(Policy):
 
             def retry(*args: Any, **kwargs: Any) -> Any:
                 outer, began = limit.get(), now()
-                limit.set(min(outer, began + total))
+                until = min(outer, began + total)
+                limit.set(until)
                 try:
                     try:
                         return call(*args, **kwargs)
@@ -233,7 +234,7 @@ class Retry(Policy):
                             raise
                     return self._resume(run, call, args, kwargs)
                 finally:
-                    limit.set(outer)
+                    restore(limit, until, outer)
 
         else:
 
@@ -280,7 +281,8 @@ class Retry(Policy):
 
             async def retry(*args: Any, **kwargs: Any) -> Any:
                 outer, began = limit.get(), now()
-                limit.set(min(outer, began + total))
+                until = min(outer, began + total)
+                limit.set(until)
                 try:
                     try:
                         return await call(*args, **kwargs)
@@ -290,7 +292,7 @@ class Retry(Policy):
                             raise
                     return await self._aresume(run, call, args, kwargs)
                 finally:
-                    limit.set(outer)
+                    restore(limit, until, outer)
 
         else:
 

@@ -1193,3 +1193,28 @@ def test_arguments_may_have_any_name(run: Callable[..., Any]) -> None:
             return await call(**named)
 
     assert run(main) == named
+
+
+def test_a_call_that_is_closed_elsewhere_leaves_the_deadline_there_alone() -> None:
+    """A suspended call may be collected anywhere, and must not overwrite the deadline of whoever runs just then."""
+
+    @resilient.Retry(KeyError, total=5.0)
+    async def by_retry() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def by_block() -> None:
+        with deadline(5.0):
+            await asyncio.get_running_loop().create_future()
+
+    async def main() -> None:
+        for call in (by_retry, by_block):
+            suspended = call()
+            contextvars.copy_context().run(suspended.send, None)
+            with deadline(3.0):
+                suspended.close()
+                left = remaining()
+                assert left is not None
+                assert left <= 3.0
+            assert remaining() is None
+
+    asyncio.run(main())
