@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from resilient._ambient import Ambient, ambient, nearest
+from resilient._ambient import Ambient, ambient, nearest, restore
 from resilient.errors import CallTimeout, DeadlineExceeded
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class Bound:
         self.variable.set(self.until)
 
     def __exit__(self, *exc: object) -> None:
-        if self.variable.get() == self.until:
-            self.variable.set(self.before)
+        restore(self.variable, self.until, self.before)
 
 
 class Over(Exception):

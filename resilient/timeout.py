@@ -2,7 +2,7 @@
 
 Promises: a coroutine is cancelled when its time is over and `CallTimeout` is raised once it has ended; a cancel from
 outside stays one. A plain function cannot be stopped, so it must say whether it cooperates or runs in a thread. Does
-not: kill threads. Costs two closure calls for a cooperating function, a quarter of `asyncio.timeout()` for a
+not: kill threads. Costs under three closure calls for a cooperating function, a quarter of `asyncio.timeout()` for a
 coroutine, a thread hand-over for `sync="thread"`. Safe from any thread, asyncio loop and trio run at once.
 """
 
