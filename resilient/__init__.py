@@ -18,6 +18,7 @@ from __future__ import annotations
 TYPE_CHECKING = False  # Type checkers take it for true; importing `typing` would cost more than all the rest.
 
 if TYPE_CHECKING:
+    from resilient import stores as stores
     from resilient import testing as testing
     from resilient.breaker import BreakerOpen as BreakerOpen
     from resilient.breaker import CircuitBreaker as CircuitBreaker
@@ -30,23 +31,37 @@ if TYPE_CHECKING:
     from resilient.errors import BulkheadFull as BulkheadFull
     from resilient.errors import CallTimeout as CallTimeout
     from resilient.errors import DeadlineExceeded as DeadlineExceeded
+    from resilient.errors import IdempotencyError as IdempotencyError
+    from resilient.errors import InDoubt as InDoubt
+    from resilient.errors import InFlight as InFlight
+    from resilient.errors import KeyReused as KeyReused
     from resilient.errors import OrderWarning as OrderWarning
     from resilient.errors import RateLimited as RateLimited
     from resilient.errors import Rejected as Rejected
     from resilient.errors import ResilientError as ResilientError
+    from resilient.errors import StoreError as StoreError
     from resilient.events import BreakerChanged as BreakerChanged
     from resilient.events import CallEnded as CallEnded
     from resilient.events import Event as Event
     from resilient.events import FellBack as FellBack
     from resilient.events import GaveUp as GaveUp
     from resilient.events import Hedged as Hedged
+    from resilient.events import LeaseLost as LeaseLost
     from resilient.events import Refused as Refused
+    from resilient.events import Replayed as Replayed
     from resilient.events import Retrying as Retrying
     from resilient.events import Sink as Sink
     from resilient.events import TimedOut as TimedOut
+    from resilient.events import Unprotected as Unprotected
     from resilient.fallback import Fallback as Fallback
     from resilient.hedge import Hedge as Hedge
     from resilient.hedge import Quantile as Quantile
+    from resilient.idempotency import RERUN as RERUN
+    from resilient.idempotency import Idempotent as Idempotent
+    from resilient.idempotency import Json as Json
+    from resilient.idempotency import claim as claim
+    from resilient.idempotency import fence as fence
+    from resilient.idempotency import replayed as replayed
     from resilient.patching import Patch as Patch
     from resilient.patching import patch as patch
     from resilient.pipeline import Pipeline as Pipeline
@@ -69,10 +84,15 @@ _HOMES = {
         "BulkheadFull",
         "CallTimeout",
         "DeadlineExceeded",
+        "IdempotencyError",
+        "InDoubt",
+        "InFlight",
+        "KeyReused",
         "OrderWarning",
         "RateLimited",
         "Rejected",
         "ResilientError",
+        "StoreError",
     ),
     "events": (
         "BreakerChanged",
@@ -81,13 +101,17 @@ _HOMES = {
         "FellBack",
         "GaveUp",
         "Hedged",
+        "LeaseLost",
         "Refused",
+        "Replayed",
         "Retrying",
         "Sink",
         "TimedOut",
+        "Unprotected",
     ),
     "fallback": ("Fallback",),
     "hedge": ("Hedge", "Quantile"),
+    "idempotency": ("RERUN", "Idempotent", "Json", "claim", "fence", "replayed"),
     "patching": ("Patch", "patch"),
     "pipeline": ("Pipeline", "inspect"),
     "policy": ("SYSTEM", "Env", "Policy"),
@@ -100,6 +124,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __version__ = "0.1.0"
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "__version__",
+    "stores",
     "testing",
 ]
 __all__ += _HOME  # pyright: ignore[reportUnsupportedDunderAll]
@@ -111,8 +136,8 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         import importlib
 
-        if name == "testing":
-            return importlib.import_module("resilient.testing")
+        if name in ("stores", "testing"):
+            return importlib.import_module(f"resilient.{name}")
         if name not in _HOME:
             raise AttributeError(f"module 'resilient' has no attribute {name!r}")
         value = getattr(importlib.import_module(f"resilient.{_HOME[name]}"), name)

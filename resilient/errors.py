@@ -7,7 +7,12 @@
     │  ├─ BulkheadFull
     │  ├─ DeadlineExceeded          no time was left to start it
     │  └─ RateLimited
-    └─ CallTimeout                  also TimeoutError; the call may have run
+    ├─ CallTimeout                  also TimeoutError; the call may have run
+    ├─ IdempotencyError
+    │  ├─ InDoubt                   a former attempt began and never said how it ended
+    │  ├─ InFlight                  another owner holds the key
+    │  └─ KeyReused                 same key, other arguments
+    └─ StoreError                   the store could not answer (and whether the write may have happened)
 
     UserWarning
     └─ OrderWarning                 the policies are stacked in an order that contradicts itself
@@ -22,10 +27,15 @@ __all__ = [
     "BulkheadFull",
     "CallTimeout",
     "DeadlineExceeded",
+    "IdempotencyError",
+    "InDoubt",
+    "InFlight",
+    "KeyReused",
     "OrderWarning",
     "RateLimited",
     "Rejected",
     "ResilientError",
+    "StoreError",
 ]
 
 
@@ -105,6 +115,83 @@ class CallTimeout(ResilientError, TimeoutError):
 
     def __reduce__(self) -> tuple[type[CallTimeout], tuple[str, float]]:
         return type(self), (self.policy, self.seconds)
+
+
+class IdempotencyError(ResilientError):
+    """The call was not made, or its result is not the key's. `policy` is the policy's name, `key` the user's key."""
+
+    reason = "the key cannot be used"
+
+    def __init__(self, policy: str, key: str) -> None:
+        self.policy = policy
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"{self.policy}: {self.reason} (key {self.key!r})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self).__new__, (type(self),), self.__dict__
+
+
+class InFlight(IdempotencyError):
+    """Another call with this key runs, and waiting for it was not wanted, or took too long.
+
+    `retry_after` is what is left of its lease in seconds: by then it has ended, been renewed, or is in doubt.
+    """
+
+    reason = "another call with this key is running"
+
+    def __init__(self, policy: str, key: str, retry_after: float) -> None:
+        super().__init__(policy, key)
+        self.retry_after = retry_after
+
+
+class InDoubt(IdempotencyError):
+    """Attempt number `attempt` began and never said how it ended: whether its effect happened, nobody here knows.
+
+    Raised to a later caller; and to the owner itself if it lost its lease while it ran: then `result` is what the
+    function returned here, which is not stored (`...` where there is none).
+    """
+
+    reason = "an earlier attempt began and never said how it ended"
+
+    def __init__(self, policy: str, key: str, attempt: int, result: object = ..., reason: str | None = None) -> None:
+        super().__init__(policy, key)
+        self.attempt = attempt
+        self.result = result
+        if reason is not None:
+            self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.policy}: {self.reason} (key {self.key!r}, attempt {self.attempt})"
+
+
+class KeyReused(IdempotencyError):
+    """The key belongs to a call with other arguments. `stored` and `given` are the two fingerprints."""
+
+    reason = "the key was used before, with other arguments"
+
+    def __init__(self, policy: str, key: str, stored: str, given: str) -> None:
+        super().__init__(policy, key)
+        self.stored = stored
+        self.given = given
+
+
+class StoreError(ResilientError):
+    """The store could not answer.
+
+    `maybe_written`: whether the operation may have been carried out all the same (the connection was lost after it was
+    sent). False: it was not. `result` is what the guarded function returned, if it had run and its result could not be
+    stored (`...` where there is none).
+    """
+
+    def __init__(self, text: str, *, maybe_written: bool = False) -> None:
+        super().__init__(text)
+        self.maybe_written = maybe_written
+        self.result: object = ...
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self).__new__, (type(self), *self.args), {"args": self.args, **self.__dict__}
 
 
 class OrderWarning(UserWarning):

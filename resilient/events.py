@@ -17,10 +17,13 @@ __all__ = [
     "FellBack",
     "GaveUp",
     "Hedged",
+    "LeaseLost",
     "Refused",
+    "Replayed",
     "Retrying",
     "Sink",
     "TimedOut",
+    "Unprotected",
 ]
 
 
@@ -85,6 +88,30 @@ class Hedged(Event):
 class FellBack(Event):
     """The call failed with `error`, and the fallback answers in its place."""
 
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed(Event):
+    """The call with this `key` did not run: its caller got what attempt number `attempt` left in the store."""
+
+    key: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLost(Event):
+    """The call with this `key` ended (or goes on) when its key was another's already; what it returned is not stored."""
+
+    key: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unprotected(Event):
+    """The store failed with `error`, and the call with this `key` ran all the same, as was asked for."""
+
+    key: str
     error: BaseException
 
 
