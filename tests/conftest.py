@@ -6,11 +6,26 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests._servers import redis_server
+from tests._servers import postgres_database as fresh_database
+from tests._servers import postgres_server, redis_server
 
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """A real server, started when the first test asks for it."""
     with redis_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A real server, started when the first test asks for it."""
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture
+def postgres_database(postgres_url: str) -> Iterator[str]:
+    """An empty database for one test."""
+    with fresh_database(postgres_url) as url:
         yield url
