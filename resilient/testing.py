@@ -4,7 +4,8 @@
     pipeline = Pipeline(Retry(ConnectionError), env=Env(clock=clock))
 
 `FakeClock` serves threads, asyncio and trio. `Recorder` keeps events. `instant()` makes every wait of functions that
-use the system's clock end at once, for the tests of a whole application.
+use the system's clock end at once, for the tests of a whole application. `store_contract` is the suite for those who
+write a store.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import threading
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from resilient.clock import SystemClock, in_trio
 from resilient.events import Event
 from resilient.policy import SYSTEM
 
-__all__ = ["FakeClock", "Recorder", "instant"]
+if TYPE_CHECKING:
+    from resilient._contract import Case
+
+__all__ = ["FakeClock", "Recorder", "instant", "store_contract"]
 
 E = TypeVar("E", bound=Event)
 
@@ -256,3 +260,36 @@ def instant() -> Generator[None, None, None]:
         with _instant:
             _users -= 1
             clock.instant = _users > 0
+
+
+def store_contract(
+    make_store: Callable[[], Any] | None = None,
+    *,
+    sync: bool = True,
+    asyncio: bool = True,
+    trio: bool = False,
+    advance: Callable[[float], object] | None = None,
+    patience: float = 10.0,
+) -> list[Case]:
+    """The cases that every store must pass: all that `resilient.stores` promises, each in a world that it serves.
+
+        @pytest.mark.parametrize("case", store_contract(MyStore), ids=str)
+        def test_my_store_keeps_the_contract(case):
+            case()
+
+    A case is called, and raises `AssertionError` that says which sentence is broken and what the store answered. It
+    works without pytest as well.
+
+    Args:
+        make_store: Returns a fresh, empty store; called once a case, and closed by `aclose` (from tasks) or `close`,
+            where it has them. Without it, give one to each case: `case(make_store)`, for instance out of a fixture.
+        sync: Run the cases through `execute`, by threads. False for a store that has none.
+        asyncio: Run them through `aexecute`, by asyncio tasks.
+        trio: Run them through `aexecute`, by trio tasks.
+        advance: For a store whose clock is told: moves it by so many seconds. Otherwise leases are made short, and the
+            store is asked again until they are over.
+        patience: Real seconds to wait for what must happen soon, before it counts as broken.
+    """
+    from resilient._contract import cases
+
+    return cases(make_store, sync=sync, asyncio=asyncio, trio=trio, advance=advance, patience=patience)
