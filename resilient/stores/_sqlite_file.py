@@ -1,0 +1,205 @@
+"""The connections of a SQLite store: one that writes, and some that read beside it.
+
+Promises a database in WAL mode whose tables are those of this version, made or upgraded under the write lock however
+many processes come at once. Does not: decide who writes when (see `_sqlite_group.py`). Opening costs a millisecond.
+Readers may be used from any thread at once; the writer by one at a time, and the caller sees to that.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from typing import TYPE_CHECKING, Any
+
+from resilient.clock import SystemClock
+from resilient.errors import StoreError
+from resilient.stores._sqlite_sql import MIGRATIONS
+
+if TYPE_CHECKING:
+    from resilient.clock import Clock
+    from resilient.stores._ops import AnyOp
+    from resilient.stores._sqlite_sql import Sql
+
+__all__ = ["File", "copy", "wrapped"]
+
+_READERS = 8  # that wait for the next operation; more are opened while more threads read at once
+
+# What a store may meet in SQLite and in values that are not for it. All else is a fault in here, and shown as it is.
+TROUBLE = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, MemoryError)
+
+
+def wrapped(error: Exception, path: str, *, maybe_written: bool = False) -> Exception:
+    """What the caller is told about `error`."""
+    if isinstance(error, TROUBLE):
+        told = StoreError(f"SQLite store {path}: {error or type(error).__name__}", maybe_written=maybe_written)
+        told.__cause__ = error
+        return told
+    return error
+
+
+def copy(error: Exception) -> Exception:
+    """`error`, for one more caller to raise."""
+    if isinstance(error, StoreError):
+        told = StoreError(*error.args, maybe_written=error.maybe_written)
+        told.__cause__ = error.__cause__
+        return told
+    return error
+
+
+class File:
+    """A database file, opened when it is first needed."""
+
+    def __init__(self, path: str, sql: Sql, prefix: str, full: bool, busy_timeout: float, clock: Clock) -> None:
+        self.path = path
+        self.sql = sql
+        self.at = clock.at
+        self.writer: sqlite3.Connection | None = None
+        self._prefix = prefix
+        self._synchronous = "FULL" if full else "NORMAL"
+        self._busy_timeout = busy_timeout
+        self._readers: list[sqlite3.Connection] = []
+        self._opening = threading.Lock()
+
+    def ready(self) -> sqlite3.Connection:
+        """The connection that writes."""
+        writer = self.writer
+        if writer is None:
+            with self._opening:
+                writer = self.writer
+                if writer is None:
+                    writer = self.writer = self._open_writer()
+        return writer
+
+    def peek(self, op: AnyOp) -> Any:
+        """The answer to an operation that need not write, else `...`. Any thread; waits for no writer."""
+        if self.writer is None:
+            self.ready()
+        try:
+            try:
+                reader = self._readers.pop()
+            except IndexError:
+                reader = self._open_reader()
+            try:
+                return self.sql.peek(reader.execute, op, self.at())
+            finally:
+                if len(self._readers) < _READERS:
+                    self._readers.append(reader)
+                else:
+                    reader.close()
+        except TROUBLE as error:
+            raise wrapped(error, self.path) from error
+
+    def roll_back(self) -> None:
+        """Roll back what the writer has begun."""
+        writer = self.writer
+        assert writer is not None
+        try:
+            writer.execute("ROLLBACK")
+        except sqlite3.Error:
+            self.writer = None
+            writer.close()  # which rolls back
+
+    def close(self) -> None:
+        """Close what is open. Nobody may be writing."""
+        with self._opening:
+            writer, self.writer = self.writer, None
+            while self._readers:
+                self._readers.pop().close()
+            if writer is not None:
+                writer.close()
+
+    def forsake(self) -> list[sqlite3.Connection]:
+        """After a fork, in the child: what was open is the parent's. Never used or closed here, so it must be kept."""
+        kept = [*self._readers, *([] if self.writer is None else [self.writer])]
+        self.writer, self._readers, self._opening = None, [], threading.Lock()
+        return kept
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False, cached_statements=64
+        )
+
+    def _open_reader(self) -> sqlite3.Connection:
+        reader = self._connect()
+        try:
+            # What the schema of a file says is not to be trusted with functions.
+            reader.execute("PRAGMA trusted_schema = OFF")
+            reader.execute("PRAGMA query_only = ON")
+        except BaseException:
+            reader.close()
+            raise
+        return reader
+
+    def _open_writer(self) -> sqlite3.Connection:
+        try:
+            writer = self._connect()
+        except TROUBLE as error:
+            directory = os.path.dirname(self.path) or "."
+            if not os.path.isdir(directory):
+                raise StoreError(f"SQLite store {self.path}: there is no directory {directory}") from error
+            raise wrapped(error, self.path) from error
+        try:
+            writer.execute("PRAGMA trusted_schema = OFF")
+            self._wal(writer)
+            writer.execute(f"PRAGMA synchronous = {self._synchronous}")
+            self._migrate(writer)
+        except BaseException as error:
+            writer.close()
+            if isinstance(error, TROUBLE):
+                raise wrapped(error, self.path) from error
+            raise
+        return writer
+
+    def _wal(self, writer: sqlite3.Connection) -> None:
+        clock = SystemClock()
+        until = clock.now() + self._busy_timeout
+        while True:
+            try:
+                mode = writer.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            except sqlite3.OperationalError:
+                # Others of us do the same at this moment: SQLite does not always wait for its turn here.
+                if clock.now() >= until:
+                    raise
+                clock.sleep(0.005)
+                continue
+            if mode != "wal":
+                raise StoreError(f"SQLite store {self.path}: write-ahead logging is not possible here ({mode})")
+            return
+
+    def _migrate(self, writer: sqlite3.Connection) -> None:
+        if self._version(writer) == len(MIGRATIONS):
+            return
+        writer.execute("BEGIN IMMEDIATE")
+        try:
+            found = self._version(writer)  # once more: another process may have been here first
+            meta = f"{self._prefix}schema"
+            if found == 0:
+                writer.execute(f"CREATE TABLE IF NOT EXISTS {meta} (version INTEGER NOT NULL)")
+                writer.execute(f"INSERT INTO {meta} (version) SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM {meta})")
+            for statements in MIGRATIONS[found:]:
+                for statement in statements:
+                    writer.execute(statement.format(p=self._prefix))
+            writer.execute(f"UPDATE {meta} SET version = ?", (len(MIGRATIONS),))
+            writer.execute("COMMIT")
+        finally:
+            if writer.in_transaction:
+                writer.execute("ROLLBACK")
+
+    def _version(self, writer: sqlite3.Connection) -> int:
+        meta = f"{self._prefix}schema"
+        there = writer.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (meta,)).fetchone()
+        if there is None:
+            return 0
+        rows = writer.execute(f"SELECT version FROM {meta} LIMIT 2").fetchall()
+        if not rows:
+            return 0
+        version = rows[0][0]
+        if len(rows) > 1 or type(version) is not int or version < 0:
+            raise StoreError(f"SQLite store {self.path}: the table {meta} is damaged")
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"SQLite store {self.path}: its tables are of version {version}, "
+                f"made by a newer resilient than this one, which knows {len(MIGRATIONS)}"
+            )
+        return version

@@ -1,0 +1,306 @@
+"""The SQL of the SQLite store: operations into statements, rows into answers.
+
+Promises that each operation is decided and written by statements of one transaction, that at most the last of them
+changes anything, and that a row of which no store of ours can be the author is a `StoreError`. Does not: begin or
+commit, or know of threads. Per operation one or two statements. Immutable, so safe from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, Protocol
+
+from resilient.errors import StoreError
+from resilient.stores._ops import (
+    Abandon,
+    Acquired,
+    AnyOp,
+    Busy,
+    Claim,
+    Claimed,
+    Completed,
+    Doubtful,
+    Finish,
+    Forget,
+    Page,
+    Purge,
+    Read,
+    Record,
+    Release,
+    Renew,
+    Scan,
+)
+
+__all__ = ["MIGRATIONS", "Execute", "Rows", "Sql"]
+
+# A table with row numbers, and the key in an index: new records go to the end of the table, whatever their keys.
+# `mark` is the end of the lease or, once done, the instant of that: what a purge looks for, and it nearly only grows.
+# Version n is the schema after the first n entries. Append, never change one. `{p}` is the prefix.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE {p}records (
+            key TEXT NOT NULL,
+            owner TEXT NOT NULL,
+            fence INTEGER NOT NULL,
+            attempt INTEGER NOT NULL,
+            fingerprint TEXT NOT NULL,
+            label TEXT NOT NULL,
+            began REAL NOT NULL,
+            mark REAL NOT NULL,
+            expires REAL,
+            result BLOB,
+            CHECK ((expires IS NULL) = (result IS NULL))
+        )""",
+        "CREATE UNIQUE INDEX {p}records_key ON {p}records (key)",
+        "CREATE INDEX {p}records_mark ON {p}records (mark)",
+    ),
+)
+
+_COLUMNS = "owner, fence, attempt, fingerprint, label, began, mark, expires, result"
+# The same for connections of others: nothing here has a declared type or is text, so that neither converters nor a
+# text factory of theirs touch it.
+_NEUTRAL = (
+    "CAST(owner AS BLOB), +fence, +attempt, CAST(fingerprint AS BLOB), CAST(label AS BLOB), "
+    "+began, +mark, +expires, +result"
+)
+
+
+class Rows(Protocol):
+    """What a statement gives back."""
+
+    @property
+    def rowcount(self) -> int: ...
+
+    def fetchone(self) -> Any: ...
+
+    def fetchall(self) -> list[Any]: ...
+
+
+Execute = Callable[[str, Sequence[Any]], Rows]
+
+
+class _Row:
+    """A record, checked."""
+
+    __slots__ = ("attempt", "began", "expires", "fence", "fingerprint", "label", "mark", "owner", "result")
+
+    expires: float | None  # None while there is no result
+    result: bytes | None
+
+    def __init__(self, key: str, values: Sequence[Any]) -> None:
+        owner, fence, attempt, fingerprint, label, began, mark, expires, result = values
+        if (
+            type(owner) is str
+            and type(fence) is int
+            and type(attempt) is int
+            and type(fingerprint) is str
+            and type(label) is str
+            and type(began) is float
+            and type(mark) is float
+            and ((expires is None and result is None) or (type(expires) is float and type(result) is bytes))
+        ):
+            self.owner, self.fence, self.attempt, self.fingerprint, self.label = (
+                owner,
+                fence,
+                attempt,
+                fingerprint,
+                label,
+            )
+            self.began, self.mark, self.expires, self.result = began, mark, expires, result
+        else:
+            _damaged(key, values)
+
+
+def _damaged(key: str, values: Sequence[Any]) -> NoReturn:
+    owner, fence, attempt, fingerprint, label, began, mark, expires, result = values
+    for name, value, wanted in (
+        ("owner", owner, str),
+        ("fence", fence, int),
+        ("attempt", attempt, int),
+        ("fingerprint", fingerprint, str),
+        ("label", label, str),
+        ("began", began, float),
+        ("mark", mark, float),
+    ):
+        if type(value) is not wanted:
+            raise StoreError(f"the record of key {key!r} is damaged: {name} is {_kind(value)}")
+    raise StoreError(
+        f"the record of key {key!r} is damaged: its result is {_kind(result)}, and expires is {_kind(expires)}"
+    )
+
+
+def _kind(value: object) -> str:
+    """What a value is, and nothing of what is in it: it may be huge, or secret."""
+    return "NULL" if value is None else f"of type {type(value).__name__}"
+
+
+def _text(value: object) -> object:
+    """Text that was asked for as bytes."""
+    return value.decode() if type(value) is bytes else value
+
+
+class Sql:
+    """The statements for one table prefix; `neutral` for connections that other people set up."""
+
+    def __init__(self, prefix: str, *, neutral: bool = False) -> None:
+        table = f"{prefix}records"
+        self.table = table
+        self._neutral = neutral
+        columns = _NEUTRAL if neutral else _COLUMNS
+        key = "CAST(key AS BLOB)" if neutral else "key"
+        self._insert = (
+            f"INSERT INTO {table} (key, owner, fence, attempt, fingerprint, label, began, mark) "
+            "VALUES (?, ?, ?, 1, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
+        )
+        self._select = f"SELECT {columns} FROM {table} WHERE key = ?"
+        self._again = f"UPDATE {table} SET mark = ? WHERE key = ?"
+        self._take = (
+            f"UPDATE {table} SET owner = ?, fence = ?, attempt = ?, fingerprint = ?, label = ?, began = ?, mark = ?, "
+            "expires = NULL, result = NULL WHERE key = ?"
+        )
+        mine = "WHERE key = ? AND owner = ? AND (fence = ? OR ? = 0)"
+        self._renew = f"UPDATE {table} SET mark = ? {mine} AND result IS NULL"
+        self._finish = f"UPDATE {table} SET result = ?, mark = ?, expires = ? {mine} AND result IS NULL"
+        self._release = f"DELETE FROM {table} {mine} AND result IS NULL"
+        self._abandon = f"UPDATE {table} SET mark = min(mark, ?) {mine} AND result IS NULL"
+        self._scan = (
+            f"SELECT {key}, {columns} FROM {table} WHERE key > ? AND instr(label, ?) > 0 "
+            "AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?"
+        )
+        self._purge = (
+            f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE mark <= ? ORDER BY mark LIMIT ?)"
+        )
+        self._forget = f"DELETE FROM {table} WHERE key = ? AND (result IS NOT NULL OR mark <= ?)"
+        self._how: dict[type[AnyOp], Callable[[Execute, Any, float], object]] = {
+            Claim: self._do_claim,
+            Renew: self._do_renew,
+            Finish: self._do_finish,
+            Release: self._do_release,
+            Abandon: self._do_abandon,
+            Read: self._do_read,
+            Scan: self._do_scan,
+            Purge: self._do_purge,
+            Forget: self._do_forget,
+        }
+
+    def answer(self, execute: Execute, op: AnyOp, now: float) -> object:
+        """Carry out `op` at the instant `now`, inside a transaction that can write."""
+        return self._how[type(op)](execute, op, now)
+
+    def peek(self, execute: Execute, op: AnyOp, now: float) -> object:
+        """The answer to an operation that need not write; `...` if it must, or could.
+
+        `now` is taken before the row is read, so that a lease that looks over is over.
+        """
+        if type(op) is Claim:
+            row = self._row(execute, op.key)
+            answer = None if row is None else self._judge(op, row, now)
+            return ... if answer is None else answer
+        if type(op) is Read or type(op) is Scan:
+            return self._how[type(op)](execute, op, now)
+        return ...
+
+    # -- each operation ----------------------------------------------------------------------------------------------
+
+    def _row(self, execute: Execute, key: str) -> _Row | None:
+        values = execute(self._select, (key,)).fetchone()
+        if values is None:
+            return None
+        return _Row(key, self._texts(values) if self._neutral else values)
+
+    def _texts(self, values: Iterable[Any]) -> list[Any]:
+        owner, fence, attempt, fingerprint, label, began, mark, expires, result = values
+        return [_text(owner), fence, attempt, _text(fingerprint), _text(label), began, mark, expires, result]
+
+    @staticmethod
+    def _judge(op: Claim, row: _Row, now: float) -> Completed | Busy | Doubtful | None:
+        """What a claim answers where nothing has to be written; None where the record can be had."""
+        result, expires = row.result, row.expires
+        if result is not None and expires is not None:
+            return Completed(row.fence, row.attempt, row.fingerprint, result) if expires > now else None
+        if row.owner == op.owner:
+            return None
+        if row.mark > now:
+            return Busy(row.fence, row.attempt, row.fingerprint, row.mark - now)
+        return None if op.take_over else Doubtful(row.fence, row.attempt, row.fingerprint, now - row.mark)
+
+    def _do_claim(self, execute: Execute, op: Claim, now: float) -> Claimed:
+        # Microseconds since the epoch: larger than any number before, also where the record was purged in between.
+        fence = int(now * 1e6)
+        values = (op.key, op.owner, fence, op.fingerprint, op.label, now, now + op.lease)
+        if execute(self._insert, values).rowcount == 1:
+            return Acquired(fence, 1)
+        row = self._row(execute, op.key)
+        if row is None:
+            raise StoreError(f"the table {self.table} is damaged: key {op.key!r} is neither there nor can be added")
+        answer = self._judge(op, row, now)
+        if answer is not None:
+            return answer
+        if row.expires is None and row.owner == op.owner:
+            execute(self._again, (now + op.lease, op.key))
+            return Acquired(row.fence, row.attempt)
+        attempt = 1 if row.expires is not None else row.attempt + 1
+        fence = max(fence, row.fence + 1)
+        execute(
+            self._take,
+            (op.owner, fence, attempt, op.fingerprint, op.label, now, now + op.lease, op.key),
+        )
+        return Acquired(fence, attempt)
+
+    def _do_renew(self, execute: Execute, op: Renew, now: float) -> bool:
+        return execute(self._renew, (now + op.lease, op.key, op.owner, op.fence, op.fence)).rowcount == 1
+
+    def _do_finish(self, execute: Execute, op: Finish, now: float) -> bool:
+        values = (op.result, now, now + op.ttl, op.key, op.owner, op.fence, op.fence)
+        if execute(self._finish, values).rowcount == 1:
+            return True
+        row = self._row(execute, op.key)
+        return row is not None and row.owner == op.owner and op.fence in (0, row.fence)
+
+    def _do_release(self, execute: Execute, op: Release, now: float) -> bool:
+        return execute(self._release, (op.key, op.owner, op.fence, op.fence)).rowcount == 1
+
+    def _do_abandon(self, execute: Execute, op: Abandon, now: float) -> bool:
+        return execute(self._abandon, (now, op.key, op.owner, op.fence, op.fence)).rowcount == 1
+
+    def _do_read(self, execute: Execute, op: Read, now: float) -> Record | None:
+        row = self._row(execute, op.key)
+        if row is None or (row.expires is not None and row.expires <= now):
+            return None
+        return _record(op.key, row, now)
+
+    def _do_scan(self, execute: Execute, op: Scan, now: float) -> Page:
+        found: list[Record] = []
+        for values in execute(self._scan, (op.after, op.text, now, op.limit + 1)).fetchall():
+            if len(found) == op.limit:
+                return Page(tuple(found), found[-1].key)
+            key, *rest = values
+            if self._neutral:
+                key, rest = _text(key), self._texts(rest)
+            if type(key) is not str:
+                raise StoreError(f"the table {self.table} is damaged: a key is {_kind(key)}")
+            found.append(_record(key, _Row(key, rest), now))
+        return Page(tuple(found), "")
+
+    def _do_purge(self, execute: Execute, op: Purge, now: float) -> int:
+        # A lease that runs has a mark in the future.
+        return execute(self._purge, (now - op.older_than, op.batch)).rowcount
+
+    def _do_forget(self, execute: Execute, op: Forget, now: float) -> bool:
+        return execute(self._forget, (op.key, now)).rowcount == 1
+
+
+def _record(key: str, row: _Row, now: float) -> Record:
+    return Record(
+        key=key,
+        state="done" if row.result is not None else "running" if row.mark > now else "in doubt",
+        owner=row.owner,
+        fence=row.fence,
+        attempt=row.attempt,
+        fingerprint=row.fingerprint,
+        label=row.label,
+        began_at=row.began,
+        mark=row.mark,
+        expires_at=row.expires,
+        result=row.result,
+    )
