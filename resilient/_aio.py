@@ -19,7 +19,10 @@ from resilient.clock import Clock, Timer, in_trio
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Queue", "Race", "Timers", "calm", "race_trio", "within"]
+__all__ = ["Queue", "Race", "Timers", "calm", "race_trio", "shielded", "within"]
+
+GRACE = 5.0
+"""How many seconds a cancelled caller still waits for what must be said before it goes."""
 
 
 class Queue:
@@ -146,6 +149,33 @@ async def _within_asyncio(
     if fired:
         await calm(task)
     return value
+
+
+async def shielded(call: Callable[..., Any], /, *args: Any) -> Any:
+    """Await `call(*args)` to its end although the caller is cancelled, and however often; `GRACE` seconds at most.
+
+    `TimeoutError` when those are over. Cancels that arrive meanwhile are not delivered: the caller is on its way out.
+    """
+    if in_trio():
+        import trio
+
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + GRACE):
+            return await call(*args)
+        raise TimeoutError
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    until = loop.time() + GRACE
+    task = loop.create_task(call(*args))
+    while not task.done() and loop.time() < until:
+        try:
+            await asyncio.wait([task], timeout=until - loop.time())
+        except asyncio.CancelledError:
+            pass
+    if task.done():
+        return task.result()
+    task.cancel()
+    raise TimeoutError
 
 
 async def calm(task: asyncio.Task[Any]) -> None:

@@ -168,14 +168,21 @@ def _run(made: Guarded) -> Call:
 
 def _compile(made: Guarded, kind: Kind, call: Call) -> list[Call]:
     """The shells around `call`, innermost first."""
-    chain = made.policies
+    chain: tuple[Any, ...] = made.policies
     if any(getattr(sink, "wants_calls", False) is True for sink in made.env.sinks):
         from resilient.policy import Watch
 
         chain = (Watch(_name(made.target)), *chain)
     shells: list[Call] = []
-    for policy in reversed(chain):
-        shell: Callable[[Call, Env], Call] | None = getattr(policy, kind, None)
+    # A policy that must know the function itself, and not only the call inwards, gives the shells for it.
+    fitted: list[Any] = [policy.fit(made.target) if hasattr(policy, "fit") else policy for policy in chain]
+    for one in fitted[:-1]:
+        if hasattr(one, "mark") and hasattr(one, kind):
+            call = one.mark(call, kind)
+            shells.append(call)
+            break
+    for policy, maker in zip(reversed(chain), reversed(fitted), strict=True):
+        shell: Callable[[Call, Env], Call] | None = getattr(maker, kind, None)
         if shell is None:
             raise TypeError(
                 f"{type(policy).__name__} cannot guard {_name(made.target)}: it does not serve {_WORDS[kind]}"

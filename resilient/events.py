@@ -101,7 +101,7 @@ class Replayed(Event):
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost(Event):
-    """The call with this `key` ended (or goes on) when its key was another's already; what it returned is not stored."""
+    """The call with this `key` runs or ended when the key was another's already; what it returns is not stored."""
 
     key: str
     attempt: int

@@ -19,8 +19,8 @@ FLOORS: dict[int, str] = {
     2: "policy _aio _ambient _latency _pace _threads _circuit _trip _verdict _tenacity _pybreaker "
     "_strategies _attempts retry breaker bulkhead ratelimit timeout fallback hedge",
     3: "pipeline patching __init__",
-    4: "_binding _codec _drive _keeper idempotency stores",
-    5: "testing cli demo integrations",
+    4: "_binding _codec _drive _keeper _once _transaction idempotency stores",
+    5: "testing cli demo integrations _contract _cli_idempotency",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 

@@ -40,7 +40,7 @@ State: TypeAlias = Literal["running", "in doubt", "done"]
 
 
 class Acquired(Struct, frozen=True):
-    """The key is the caller's until its lease ends. `attempt` above 1: an earlier one began and never said how it ended.
+    """The key is the caller's until its lease ends. `attempt` above 1: an earlier one never said how it ended.
 
     `fence` is larger than each number that this key had before.
     """

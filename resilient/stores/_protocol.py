@@ -23,7 +23,7 @@ class Store(Protocol):
     """A store for plain functions. Safe from any thread."""
 
     def execute(self, op: Op[R], /) -> R:
-        """Carry out `op` and answer. `StoreError` if that cannot be done; it says whether it may have been all the same."""
+        """Carry out `op` and answer. `StoreError` where that cannot be; it says whether it may have happened."""
         ...
 
 
@@ -58,6 +58,9 @@ class Threaded:
         self.store = store
         if isinstance(store, Watching):
             self.watch = store.watch
+        poll = getattr(store, "poll", None)
+        if poll is not None:
+            self.poll: float = poll
 
     async def aexecute(self, op: Op[R], /) -> R:
         """Carry out `op` in a thread."""

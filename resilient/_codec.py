@@ -1,0 +1,287 @@
+"""What is kept of a call: its result, or an error that is worth remembering, as JSON in an envelope with a version.
+
+Results are encoded and decoded by the return annotation (msgspec: dataclasses, structs, enums, datetimes, Decimals,
+UUIDs, bytes; pydantic models where pydantic is). A result that would come back as something else is refused when it is
+made, not when it is replayed. Data from a store is read as data: nothing in it is imported, called or unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import typing
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from resilient._guard import faces
+from resilient.errors import StoreError
+from resilient.policy import whole
+
+__all__ = ["Codec", "Form", "Json", "fingerprint_encoder", "form_of", "returns"]
+
+VERSION = 1
+
+
+class Codec(Protocol):
+    """How results become bytes and come back. The default is `Json`; write one to encrypt or to shrink."""
+
+    def encode(self, value: Any, annotation: Any, /) -> bytes:
+        """`value` as bytes, or an error that says why not. `annotation` is what the function says that it returns."""
+        ...
+
+    def decode(self, data: bytes, annotation: Any, /) -> Any:
+        """What `encode` was given."""
+        ...
+
+
+class Json:
+    """Results as JSON, of at most `limit` bytes (a megabyte).
+
+    The return annotation says what comes back: an `-> Receipt` is a `Receipt` again. Where it leaves that open (none,
+    `Any`, `dict`) only what JSON knows by itself will do: a tuple that would come back as a list is an error.
+    """
+
+    def __init__(self, *, limit: int = 1_000_000) -> None:
+        self.limit = whole("limit", limit)
+
+    def form(self, annotation: Any) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
+        """Encoder and decoder for what a function returns. `TypeError` where the annotation names what cannot be."""
+        exact = _closed(annotation)
+        encode = msgspec.json.Encoder(enc_hook=_enc_hook).encode
+        decode = msgspec.json.Decoder(annotation, dec_hook=_dec_hook).decode
+        limit = self.limit
+
+        def encoded(value: Any) -> bytes:
+            data = encode(value)
+            if len(data) > limit:
+                raise ValueError(f"it takes {len(data):,} bytes, and the limit is {limit:,} (codec=Json(limit=…))")
+            again = decode(data)
+            if not exact and again != value:
+                raise TypeError(
+                    f"a {type(value).__qualname__} would come back as something else: annotate the return type"
+                )
+            return data
+
+        return encoded, decode
+
+    def encode(self, value: Any, annotation: Any = Any, /) -> bytes:
+        """`value` as JSON."""
+        return self.form(annotation)[0](value)
+
+    def decode(self, data: bytes, annotation: Any = Any, /) -> Any:
+        """What the JSON text `data` says."""
+        return self.form(annotation)[1](data)
+
+    def __repr__(self) -> str:
+        return f"Json(limit={self.limit})"
+
+
+def _closed(annotation: Any) -> bool:
+    """Whether `annotation` says all about the type, so that what is decoded by it is what was encoded."""
+    try:
+        info = msgspec.inspect.type_info(annotation)
+    except Exception as error:
+        raise TypeError(f"it returns {annotation!r}, which cannot be kept: {error}") from None
+    seen: set[Any] = set()
+
+    def closed(node: Any) -> bool:
+        if isinstance(node, msgspec.inspect.CustomType):
+            if node.cls is object:
+                return False
+            if not _is_model(node.cls):
+                raise TypeError(
+                    f"it returns {node.cls.__qualname__}, which cannot be kept: use a dataclass, a msgspec struct, a "
+                    "pydantic model, plain data, or a codec of your own"
+                )
+            return True
+        if isinstance(node, msgspec.inspect.AnyType):
+            return False
+        cls = getattr(node, "cls", None)
+        if cls is not None:
+            if cls in seen:
+                return True
+            seen.add(cls)
+        parts: list[Any] = []
+        for field in ("item_type", "item_types", "types", "key_type", "value_type", "fields"):
+            part = getattr(node, field, ())
+            parts += part if isinstance(part, tuple) else (part,)
+        return all([closed(getattr(part, "type", part)) for part in parts])  # noqa: C419 - each one is to be looked at
+
+    return closed(info)
+
+
+def _is_model(cls: Any) -> bool:
+    """Whether it is a class of pydantic models: known by its face, so that pydantic is not imported."""
+    return callable(getattr(cls, "model_validate", None)) and callable(getattr(cls, "model_dump", None))
+
+
+def _enc_hook(value: Any) -> Any:
+    if _is_model(type(value)):
+        return value.model_dump(mode="json")
+    raise TypeError(f"a {type(value).__qualname__} cannot be written as JSON")
+
+
+def _dec_hook(cls: Any, value: Any) -> Any:
+    return cls.model_validate(value)
+
+
+def fingerprint_encoder() -> Callable[[Any], bytes]:
+    """One text for equal arguments, whatever the order of dictionaries and sets."""
+
+    def hook(value: Any) -> Any:
+        if isinstance(value, os.PathLike):
+            return os.fspath(cast("os.PathLike[str]", value))
+        return _enc_hook(value)
+
+    return msgspec.json.Encoder(order="deterministic", enc_hook=hook).encode
+
+
+def returns(target: Any) -> Any:
+    """What `target` says that it returns, awaited if it is awaitable; `Any` if it does not say."""
+    while hasattr(target, "func") and not hasattr(target, "__annotations__"):
+        target = target.func
+    function = getattr(target, "__func__", target)
+    if "return" not in (getattr(function, "__annotations__", None) or {}):
+        function = faces(target)[1]
+        if "return" not in (getattr(function, "__annotations__", None) or {}):
+            return Any
+    try:
+        annotation = typing.get_type_hints(function, include_extras=True)["return"]
+    except (NameError, AttributeError):
+        return None  # a name that is not there yet: asked again at the first call
+    if getattr(typing.get_origin(annotation), "__name__", "") in ("Awaitable", "Coroutine"):
+        annotation = typing.get_args(annotation)[-1]
+    return annotation
+
+
+# -- the envelope ----------------------------------------------------------------------------------------------------
+
+
+class _Error(Struct, omit_defaults=True):
+    """An error that is remembered: the names of its class and of the class that said so, and what it was made of."""
+
+    type: str
+    base: str
+    message: str
+    args: list[Any] | None = None
+    state: dict[str, Any] = {}
+
+
+class _Envelope(Struct):
+    v: int
+    ok: Raw | UnsetType = UNSET
+    raw: str | UnsetType = UNSET
+    error: _Error | UnsetType = UNSET
+
+
+_open = msgspec.json.Decoder(_Envelope).decode
+_write = msgspec.json.encode
+
+
+class Form:
+    """How the results of one function are kept and come back."""
+
+    __slots__ = ("_decode", "_encode", "_json", "_remember")
+
+    def __init__(self, codec: Any, annotation: Any, remember: tuple[type[Exception], ...]) -> None:
+        self._remember = remember
+        self._json = isinstance(codec, Json)
+        self._encode: Callable[[Any], bytes]
+        self._decode: Callable[[bytes], Any]
+        if isinstance(codec, Json):
+            self._encode, self._decode = codec.form(annotation)
+        else:
+            self._encode = lambda value: codec.encode(value, annotation)
+            self._decode = lambda data: codec.decode(data, annotation)
+
+    def keep(self, value: Any) -> bytes:
+        """`value` in an envelope; whatever its encoding raises."""
+        data = self._encode(value)
+        if self._json:
+            return b'{"v":1,"ok":' + data + b"}"
+        return b'{"v":1,"raw":"' + base64.b64encode(data) + b'"}'
+
+    def keep_error(self, error: Exception) -> bytes:
+        """`error`, of a class that is remembered, in an envelope. What JSON cannot write of it becomes text."""
+        base = next(cls for cls in self._remember if isinstance(error, cls))
+        args: list[Any] | None = list(error.args)
+        try:
+            if msgspec.json.decode(_write(args)) != args:
+                args = None
+        except Exception:
+            args = None
+        state: dict[str, Any] = {}
+        for name, value in vars(error).items():
+            try:
+                if name != "__notes__" and msgspec.json.decode(_write(value)) == value:
+                    state[name] = value
+            except Exception:
+                continue
+        kept = _Error(_named(type(error)), _named(base), str(error), args, state)
+        return _write({"v": VERSION, "error": kept})
+
+    def outcome(self, data: bytes) -> tuple[Any, Exception | None]:
+        """The value, or the error, that is in an envelope. `StoreError` for anything that is no envelope of ours."""
+        try:
+            envelope = _open(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise StoreError(f"the stored result cannot be read: {error}") from None
+        if envelope.v != VERSION:
+            raise StoreError(f"the stored result was written by another version ({envelope.v}, this is {VERSION})")
+        try:
+            if envelope.error is not UNSET:
+                return None, self._revived(envelope.error)
+            if envelope.ok is not UNSET and self._json:
+                return self._decode(envelope.ok), None
+            if envelope.raw is not UNSET and not self._json:
+                return self._decode(base64.b64decode(envelope.raw, validate=True)), None
+        except StoreError:
+            raise
+        except Exception as error:
+            raise StoreError(f"the stored result does not fit what the function returns: {error}") from error
+        raise StoreError("the stored result was written with another codec, or there is none")
+
+    def _revived(self, kept: _Error) -> Exception:
+        # Classes are looked for among those that the function remembers, and those derived from them: never imported.
+        cls = _find(self._remember, kept.type) or _find(self._remember, kept.base)
+        if cls is None:
+            raise StoreError(
+                f"the stored result is an error that is not remembered any more: {kept.type}: {kept.message}"
+            )
+        args = tuple(kept.args) if kept.args is not None else (kept.message,)
+        try:
+            error = cls.__new__(cls, *args)
+        except TypeError:
+            error = cls.__new__(cls)
+        error.args = args
+        for name, value in kept.state.items():
+            try:
+                object.__setattr__(error, name, value)
+            except (AttributeError, TypeError):
+                continue
+        return error
+
+
+def _named(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _find(classes: typing.Iterable[type[Exception]], name: str) -> type[Exception] | None:
+    for cls in classes:
+        if _named(cls) == name:
+            return cls
+        found = _find(cls.__subclasses__(), name)
+        if found is not None:
+            return found
+    return None
+
+
+def form_of(codec: Any, target: Any, remember: tuple[type[Exception], ...]) -> Form | None:
+    """The form of what `target` returns; None where its annotation cannot be resolved yet."""
+    annotation = returns(target)
+    if annotation is None:
+        return None
+    return Form(codec, annotation, remember)

@@ -1,0 +1,393 @@
+"""The program behind an idempotent call: claim the key, run, keep the result; or get what another call left there.
+
+A generator that yields operations and decides by their answers (see `_drive`). It holds to one rule: once the function
+has started, the key is free again only if every start of it is known to have ended. Where that is not known, the key
+stays in doubt; and what is known is never lost to a store that fails for a moment. Pure: it does no I/O of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Generator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, cast
+
+from resilient._ambient import nearest
+from resilient._binding import digest
+from resilient._drive import RUN, Ask, Cut, Last, Outcome, Program, Settle, Sleep, Wait
+from resilient._guard import _Turned
+from resilient._keeper import Beat
+from resilient.errors import InDoubt, InFlight, KeyReused, StoreError
+from resilient.stores._ops import Abandon, Acquired, Busy, Claim, Completed, Doubtful, Finish, Release
+
+if TYPE_CHECKING:
+    from resilient._codec import Form
+    from resilient._keeper import TaskKeeper, ThreadKeeper
+    from resilient.policy import Env
+
+__all__ = ["RERUN", "Hold", "Tally", "current", "once", "owner", "was_replayed"]
+
+
+class _Rerun:
+    def __repr__(self) -> str:
+        return "RERUN"
+
+
+RERUN: Any = _Rerun()
+"""What a reconcile function returns when the earlier attempt had no effect: the function is run again."""
+
+
+class Hold(Beat):
+    """The claim of a running call, as its function sees it.
+
+    `key` is the user's key, `attempt` is 1 for the first attempt, `fence` grows with every claim of the key, `lost`
+    says that the lease went to somebody else meanwhile. `derive(purpose)` makes keys for what the function calls.
+    """
+
+    __slots__ = ("attempt", "key", "open", "outer")
+
+    key: str
+    attempt: int
+
+    def __init__(self, key: str, stored: str) -> None:
+        super().__init__()
+        self.key, self.stored = key, stored
+        self.owner = owner()
+        self.fence = self.attempt = 0
+        self.outer: Hold | None = None
+        # The starts of the function that have not ended; None while it is called directly.
+        self.open: set[object] | None = None
+
+    def derive(self, purpose: str) -> str:
+        """A key for a call that this one makes: 32 hexadecimal digits, the same in every attempt, others for others."""
+        if not isinstance(purpose, str) or not purpose:
+            raise ValueError(f"purpose must be some text, not {purpose!r}")
+        return str(digest(self.stored.encode(), purpose.encode()).hexdigest()[:32])
+
+    def __repr__(self) -> str:
+        return f"<claim of {self.key!r}, attempt {self.attempt}, fence {self.fence}>"
+
+
+current: ContextVar[Hold | None] = ContextVar("resilient.claim", default=None)
+was_replayed: ContextVar[bool] = ContextVar("resilient.replayed", default=False)
+
+_process = ""
+_numbers = itertools.count()
+
+
+def _new_process() -> None:
+    global _process
+    _process = os.urandom(16).hex()
+
+
+_new_process()
+getattr(os, "register_at_fork", dict)(after_in_child=_new_process)
+
+
+def owner() -> str:
+    """A name that no other claim has: random for each process, counted within it."""
+    return f"{_process}{next(_numbers):x}"
+
+
+class Tally:
+    """What a policy counts, and the settings of its calls that its program needs."""
+
+    __slots__ = (
+        "duplicates",
+        "in_doubt",
+        "in_doubts",
+        "lease",
+        "lost",
+        "max_wait",
+        "name",
+        "on_store_error",
+        "replays",
+        "ttl",
+        "unprotected",
+        "waits",
+    )
+
+    name: str
+    ttl: float
+    lease: float
+    duplicates: str
+    max_wait: float | None
+    in_doubt: Any
+    on_store_error: str
+
+    def __init__(self) -> None:
+        self.replays = self.waits = self.lost = self.in_doubts = self.unprotected = 0
+
+
+def once(
+    how: Tally,
+    form: Form,
+    remember: tuple[type[Exception], ...],
+    keeps: Any,
+    store: Any,
+    keeper: ThreadKeeper | TaskKeeper,
+    env: Env,
+    hold: Hold,
+    fingerprint: str,
+    label: str,
+) -> Program:
+    """One call. The answer is its outcome, or that of the call that the store remembers."""
+    stored, who = hold.stored, hold.owner
+    reply: Any = yield Claim(stored, who, how.lease, fingerprint, label, how.in_doubt != "raise")
+    if type(reply) is not Acquired:
+        reply = yield from _contend(how, form, store, env, hold, fingerprint, label, reply)
+        if isinstance(reply, Outcome):
+            return reply
+    hold.fence, hold.attempt = reply.fence, reply.attempt
+    hold.outer = outer = current.get()
+    current.set(hold)
+    keeper.begin(hold)
+    beating = False
+    settled: Outcome | None = None
+    outcome: Outcome
+    try:
+        if reply.attempt > 1 and callable(how.in_doubt):
+            settled = yield Ask(how.in_doubt)
+        if settled is None or (settled.error is None and settled.value is RERUN):
+            settled = None
+            outcome = yield RUN
+        else:
+            outcome = settled
+    finally:
+        beating = keeper.end(hold)
+        # Closed by the garbage collector, it may end in another context: what is there is not its own.
+        if current.get() is hold:
+            current.set(outer)
+    if beating:
+        yield Settle(hold)
+    error = outcome.error
+    if settled is not None and error is not None:
+        cut = yield from _abandon(how, hold, error)
+        if cut is not None or not isinstance(error, Exception):
+            return Outcome(None, cut or error)
+        how.in_doubts += 1
+        raise InDoubt(how.name, hold.key, hold.attempt, reason="asking how the earlier attempt ended failed") from error
+    if error is None:
+        if keeps is not None and not keeps(outcome.value):
+            cut = yield from _release(how, hold, None)
+            return outcome if cut is None else Outcome(None, cut)
+        try:
+            data = form.keep(outcome.value)
+        except Exception as fault:
+            cut = yield from _abandon(how, hold, None)
+            if cut is not None:
+                return Outcome(None, cut)
+            fault.add_note(
+                f"resilient: {how.name} ran, and what it returned cannot be kept: its key {hold.key!r} is in doubt"
+            )
+            raise
+        reply = yield Finish(stored, who, hold.fence, data, how.ttl)
+        if reply is not True:
+            yield from _finish(how, env, hold, data, outcome, reply)
+        was_replayed.set(settled is not None)
+        return outcome
+    was_replayed.set(False)
+    # A start that has not ended, or was cut off in the middle, may have had its effect.
+    unknown = not isinstance(error, Exception) if hold.open is None else bool(hold.open)
+    if type(error) is _Turned:
+        unknown = False
+    if not unknown and isinstance(error, remember):
+        yield from _finish(how, env, hold, form.keep_error(error), outcome, None)
+        return outcome
+    cut = yield from (_abandon if unknown else _release)(how, hold, error)
+    return outcome if cut is None else Outcome(None, cut)
+
+
+_KNOWN = (Completed, Busy, Doubtful)
+
+
+# -- before the call -------------------------------------------------------------------------------------------------
+
+
+def _contend(
+    how: Tally, form: Form, store: Any, env: Env, hold: Hold, fingerprint: str, label: str, reply: Any
+) -> Generator[Any, Any, Any]:
+    """Until the key is the caller's (`Acquired`), or it has what another call left (`Outcome`), or raise."""
+    stored, who, key = hold.stored, hold.owner, hold.key
+    began: float | None = None
+    tries = rounds = 0
+    while True:
+        kind = cast(Any, type(reply))
+        if kind is Acquired:
+            return reply
+        if kind in _KNOWN and fingerprint and reply.fingerprint not in ("", fingerprint):
+            raise KeyReused(how.name, key, reply.fingerprint, fingerprint)
+        if kind is Completed:
+            return _replay(how, form, env, key, reply)
+        if kind is Doubtful:
+            how.in_doubts += 1
+            raise InDoubt(how.name, key, reply.attempt)
+        if kind is Cut:
+            # The claim may have been granted in that moment.
+            yield Last(Release(stored, who, 0))
+            return Outcome(None, reply.error)
+        if kind is StoreError:
+            # Claiming again is harmless, and tells whether the first claim got there.
+            tries += 1
+            if reply.maybe_written and tries < 3:
+                reply = yield Claim(stored, who, how.lease, fingerprint, label, how.in_doubt != "raise")
+                continue
+            if reply.maybe_written:
+                yield Release(stored, who, 0)
+            if how.on_store_error == "refuse":
+                raise reply
+            return (yield from _unprotected(how, env, hold, reply))
+        if began is None:
+            began = env.clock.now()
+            how.waits += 1
+        pause = _patience(how, store, env, hold, reply.lease_left, began, rounds)
+        rounds += 1
+        if pause is None:
+            raise InFlight(how.name, key, reply.lease_left)
+        cut = yield Wait(stored, pause)
+        if type(cut) is Cut:
+            return Outcome(None, cut.error)
+        reply = yield Claim(stored, who, how.lease, fingerprint, label, how.in_doubt != "raise", True)
+
+
+def _patience(
+    how: Tally, store: Any, env: Env, hold: Hold, lease_left: float, began: float, rounds: int
+) -> float | None:
+    """How long to wait before asking again; None if no longer."""
+    if how.duplicates == "raise":
+        return None
+    outer = current.get()
+    while outer is not None:
+        if outer.stored == hold.stored:
+            return None  # It would wait for itself.
+        outer = outer.outer
+    now = env.clock.now()
+    left = nearest(env.clock) - now
+    if how.max_wait is not None:
+        left = min(left, began + how.max_wait - now)
+    if left <= 0:
+        return None
+    poll: float | None = getattr(store, "poll", None)
+    if poll is None:
+        # Memory rings whoever waits; a store that cannot ring is asked again and again, and more and more seldom.
+        poll = lease_left if hasattr(store, "watch") else 0.1
+    if poll <= 0.2:
+        poll = min(poll, 0.005 * 2 ** min(rounds, 8))
+        poll *= 0.5 + env.rng.random() / 2
+    # No longer than the lease: nobody rings when that ends. A little more, so that it has ended then.
+    return max(0.0, min(left, poll, lease_left + 0.001))
+
+
+def _replay(how: Tally, form: Form, env: Env, key: str, reply: Completed) -> Outcome:
+    value, error = form.outcome(reply.result)
+    how.replays += 1
+    was_replayed.set(True)
+    if error is not None:
+        error.add_note(f"resilient: replayed: attempt {reply.attempt} with the key {key!r} ended so")
+    if env.sinks:
+        from resilient.events import Replayed
+
+        env.emit(Replayed(how.name, key, reply.attempt))
+    return Outcome(value, error)
+
+
+def _unprotected(how: Tally, env: Env, hold: Hold, error: StoreError) -> Generator[Any, Any, Outcome]:
+    """Run without a key, because the user said so for when the store fails."""
+    how.unprotected += 1
+    if env.sinks:
+        from resilient.events import Unprotected
+
+        env.emit(Unprotected(how.name, hold.key, error))
+    was_replayed.set(False)
+    outcome: Outcome = yield RUN
+    return outcome
+
+
+# -- after the call --------------------------------------------------------------------------------------------------
+
+
+def _finish(how: Tally, env: Env, hold: Hold, data: bytes, outcome: Outcome, reply: Any) -> Generator[Any, Any, None]:
+    """Keep `data`, however often it takes; raise where it cannot be kept. `reply` is that to the first try, if any."""
+    op = Finish(hold.stored, hold.owner, hold.fence, data, how.ttl)
+    if reply is None:
+        reply = yield op
+    cut: BaseException | None = None
+    # Within what is left of the lease at the worst, and a few seconds.
+    for tries in range(6):
+        if type(reply) is Cut:
+            cut = reply.error
+            reply = yield Last(op)
+        if type(reply) is not StoreError:
+            break
+        if cut is None:
+            nap = min(0.05 * 2**tries, how.lease / 12) * (0.5 + env.rng.random() / 2)
+            paused = yield Sleep(nap)
+            if type(paused) is Cut:
+                cut = paused.error
+        reply = yield (op if cut is None else Last(op))
+    error = outcome.error
+    if reply is True:
+        if cut is not None:
+            outcome.value, outcome.error = None, cut
+        return
+    if type(reply) is StoreError:
+        if how.on_store_error == "run":
+            how.unprotected += 1
+            return
+        fault: Exception = reply
+        reply.result = ... if error is not None else outcome.value
+        fault.add_note(
+            f"resilient: {how.name} ran; how it ended could not be stored, and its key {hold.key!r} is in doubt"
+        )
+    else:
+        _lost(how, env, hold)
+        reason = "its lease was over while it ran, and the key is another's: what it returned is not stored"
+        fault = InDoubt(how.name, hold.key, hold.attempt, ... if error is not None else outcome.value, reason)
+    raise fault from (error if cut is None else cut)
+
+
+def _lost(how: Tally, env: Env, hold: Hold) -> None:
+    if not hold.lost:
+        hold.lost = True
+        lost(how, env, hold)
+
+
+def lost(how: Tally, env: Env, hold: Hold) -> None:
+    """Count a lease that was lost, and tell."""
+    how.lost += 1
+    if env.sinks:
+        from resilient.events import LeaseLost
+
+        env.emit(LeaseLost(how.name, hold.key, hold.attempt))
+
+
+def _release(how: Tally, hold: Hold, error: BaseException | None) -> Generator[Any, Any, BaseException | None]:
+    return _insist(how, hold, error, Release(hold.stored, hold.owner, hold.fence))
+
+
+def _abandon(how: Tally, hold: Hold, error: BaseException | None) -> Generator[Any, Any, BaseException | None]:
+    return _insist(how, hold, error, Abandon(hold.stored, hold.owner, hold.fence))
+
+
+def _insist(
+    how: Tally, hold: Hold, error: BaseException | None, op: Release | Abandon
+) -> Generator[Any, Any, BaseException | None]:
+    """Say the last word on a key; the cancel that arrived meanwhile, if any. `error` is what the caller gets.
+
+    If the store does not take it, the key is in doubt when its lease ends.
+    """
+    last = error is not None and not isinstance(error, Exception)
+    cut: BaseException | None = None
+    reply: Any = None
+    for _ in range(3):
+        reply = yield (Last(op) if last else op)
+        if type(reply) is Cut:
+            cut, last = reply.error, True
+        elif type(reply) is not StoreError:
+            break
+    if error is not None and type(reply) is StoreError:
+        error.add_note(
+            f"resilient: {how.name}: the store was not told ({reply}): the key {hold.key!r} will be in doubt"
+        )
+    return cut

@@ -1,0 +1,276 @@
+"""A claim inside the caller's own database transaction: effect and result are committed together, or neither is.
+
+Promises exactly once for what the block does on that connection, without a lease: whoever comes with the same key waits
+for the first transaction to end (the database sees to that), and gets its result. If a transaction is open already the
+block is a part of it, and the caller commits; else the block is one of its own. Does not: cover effects elsewhere.
+Costs two statements. As safe as the connection is: one thread or task at a time.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from resilient._binding import fingerprint_of, key_text
+from resilient._codec import Form
+from resilient._once import Hold, current, was_replayed
+from resilient.errors import InDoubt, InFlight, KeyReused, StoreError
+from resilient.stores._ops import Acquired, Busy, Claim, Completed, Finish
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+
+    from resilient.idempotency import Idempotent
+
+__all__ = ["Transaction", "TransactionClaim"]
+
+_SAVEPOINT = "resilient_claim"
+
+
+class TransactionClaim(Hold):
+    """The claim of a block. If it is `replayed`, `result` is what the first transaction with this key set it to."""
+
+    __slots__ = ("replayed", "result")
+
+    def __init__(self, key: str, stored: str) -> None:
+        super().__init__(key, stored)
+        self.replayed = False
+        self.result: Any = None
+
+
+class Transaction:
+    """What `Idempotent.transaction` returns: a context manager, sync or async as the connection is; for one block."""
+
+    __slots__ = ("_connection", "_form", "_hold", "_inner", "_label", "_outer", "_policy", "_print")
+
+    _outer: Any
+    _inner: Any
+
+    def __init__(
+        self, policy: Idempotent, connection: Any, key: Any, payload: Any, scope: str | None, returns: Any
+    ) -> None:
+        from resilient.idempotency import Hasher
+
+        if scope is None and callable(policy.scope):
+            raise TypeError("scope must be given: that of the policy is a function of a call's arguments")
+        fixed = scope if scope is not None else policy.scope or ""
+        self._policy, self._connection = policy, connection
+        self._print = "" if payload is ... else fingerprint_of(payload)
+        text = key_text(key)
+        stored, self._label = Hasher(policy._given_name or "transaction")(str(fixed), text)
+        self._hold = TransactionClaim(text, stored)
+        self._form = Form(policy.codec, returns, policy.remember)
+
+    # -- for plain connections ---------------------------------------------------------------------------------------
+
+    def __enter__(self) -> TransactionClaim:
+        store = self._store("on")
+        store.prepare()
+        self._outer = _block(self._connection)
+        self._outer.__enter__()
+        try:
+            self._claimed(store.on(self._connection, self._claim()))
+            self._inner = _block(self._connection) if self._splits() else None
+            if self._inner is not None:
+                self._inner.__enter__()
+        except BaseException as error:
+            if not self._outer.__exit__(type(error), error, error.__traceback__):
+                raise
+        return self._enter()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._exit()
+        try:
+            if self._inner is not None:
+                self._inner.__exit__(kind, error, trace)
+            op = self._ending(error)
+            if op is not None:
+                self._finished(self._store("on").on(self._connection, op))
+                kind = error = trace = None
+        except BaseException as fault:
+            self._outer.__exit__(type(fault), fault, fault.__traceback__)
+            raise
+        self._outer.__exit__(kind, error, trace)
+
+    # -- for async connections ---------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> TransactionClaim:
+        store = self._store("aon")
+        await store.aprepare()
+        self._outer = _ablock(self._connection)
+        await self._outer.__aenter__()
+        try:
+            self._claimed(await store.aon(self._connection, self._claim()))
+            self._inner = _ablock(self._connection) if self._splits() else None
+            if self._inner is not None:
+                await self._inner.__aenter__()
+        except BaseException as error:
+            if not await self._outer.__aexit__(type(error), error, error.__traceback__):
+                raise
+        return self._enter()
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._exit()
+        try:
+            if self._inner is not None:
+                await self._inner.__aexit__(kind, error, trace)
+            op = self._ending(error)
+            if op is not None:
+                self._finished(await self._store("aon").aon(self._connection, op))
+                kind = error = trace = None
+        except BaseException as fault:
+            await self._outer.__aexit__(type(fault), fault, fault.__traceback__)
+            raise
+        await self._outer.__aexit__(kind, error, trace)
+
+    # -- what both decide --------------------------------------------------------------------------------------------
+
+    def _store(self, way: str) -> Any:
+        store = self._policy.store
+        if not callable(getattr(store, way, None)):
+            raise TypeError(f"{store!r} cannot take part in a transaction: SQLite and PostgreSQL stores can")
+        world = _world(self._connection)
+        if world is None or world[1] != (way == "aon"):
+            word = "with" if way == "on" else "async with"
+            raise TypeError(
+                f"`{word}` cannot use a {type(self._connection).__qualname__} here: sqlite3 and psycopg connections "
+                "take `with`, aiosqlite and psycopg's async ones `async with`"
+            )
+        return store
+
+    def _claim(self) -> Claim:
+        how, hold = self._policy._how, self._hold
+        return Claim(hold.stored, hold.owner, how.lease, self._print, self._label, how.in_doubt == "rerun")
+
+    def _claimed(self, reply: Any) -> None:
+        how, hold = self._policy._how, self._hold
+        if type(reply) is not Acquired and self._print and reply.fingerprint not in ("", self._print):
+            raise KeyReused(how.name, hold.key, reply.fingerprint, self._print)
+        hold.fence, hold.attempt = reply.fence, reply.attempt
+        if type(reply) is Acquired:
+            return
+        if type(reply) is Completed:
+            hold.replayed = True
+            how.replays += 1
+            hold.result, error = self._form.outcome(reply.result)
+            was_replayed.set(True)
+            if error is not None:
+                error.add_note(f"resilient: replayed: attempt {reply.attempt} with the key {hold.key!r} ended so")
+                raise error
+            return
+        if type(reply) is Busy:
+            raise InFlight(how.name, hold.key, reply.lease_left)
+        how.in_doubts += 1
+        raise InDoubt(how.name, hold.key, reply.attempt)
+
+    def _splits(self) -> bool:
+        """Whether the work is a part of its own, so that it can be undone and an error kept all the same."""
+        return bool(self._policy.remember) and not self._hold.replayed
+
+    def _enter(self) -> TransactionClaim:
+        hold = self._hold
+        hold.outer = current.get()
+        current.set(hold)
+        return hold
+
+    def _exit(self) -> None:
+        if current.get() is self._hold:
+            current.set(self._hold.outer)
+
+    def _ending(self, error: BaseException | None) -> Finish | None:
+        """What is to be written at the end, if anything."""
+        hold = self._hold
+        if hold.replayed:
+            return None
+        if error is None:
+            data = self._form.keep(hold.result)
+            was_replayed.set(False)
+        elif isinstance(error, self._policy.remember):
+            data = self._form.keep_error(error)
+        else:
+            return None
+        return Finish(hold.stored, hold.owner, hold.fence, data, self._policy.ttl)
+
+    def _finished(self, answer: object) -> None:
+        if answer is not True:
+            raise StoreError(f"the claim of {self._hold.key!r} is gone: was the transaction ended inside the block?")
+
+
+# -- transactions of the drivers -------------------------------------------------------------------------------------
+
+
+def _world(connection: Any) -> tuple[str, bool] | None:
+    """The driver of a connection, and whether it is async; None for anything else. Nothing is imported for it."""
+    for cls in type(connection).__mro__:
+        package = cls.__module__.partition(".")[0]
+        if package == "sqlite3" and cls.__name__ == "Connection":
+            return "sqlite3", False
+        if package == "aiosqlite" and cls.__name__ == "Connection":
+            return "sqlite3", True
+        if package == "psycopg" and cls.__name__ in ("Connection", "AsyncConnection"):
+            return "psycopg", cls.__name__ == "AsyncConnection"
+    return None
+
+
+def _block(connection: Any) -> AbstractContextManager[Any]:
+    """A transaction, or a part of the one that is open: undone if the block raises, else done, or left to the whole."""
+    world = _world(connection)
+    assert world is not None
+    return connection.transaction() if world[0] == "psycopg" else _sqlite(connection)
+
+
+def _ablock(connection: Any) -> AbstractAsyncContextManager[Any]:
+    world = _world(connection)
+    assert world is not None
+    return connection.transaction() if world[0] == "psycopg" else _asqlite(connection)
+
+
+@contextmanager
+def _sqlite(connection: Any) -> Generator[None, None, None]:
+    begin, commit, undo = _words(connection.in_transaction)
+    try:
+        connection.execute(begin).close()
+    except _errors() as error:
+        raise StoreError(f"no transaction could be begun: {error}") from error
+    try:
+        yield
+    except BaseException:
+        for statement in undo:
+            if connection.in_transaction:
+                connection.execute(statement).close()
+        raise
+    if connection.in_transaction:
+        connection.execute(commit).close()
+
+
+@asynccontextmanager
+async def _asqlite(connection: Any) -> AsyncGenerator[None, None]:
+    begin, commit, undo = _words(connection.in_transaction)
+    try:
+        await (await connection.execute(begin)).close()
+    except _errors() as error:
+        raise StoreError(f"no transaction could be begun: {error}") from error
+    try:
+        yield
+    except BaseException:
+        for statement in undo:
+            if connection.in_transaction:
+                await (await connection.execute(statement)).close()
+        raise
+    if connection.in_transaction:
+        await (await connection.execute(commit)).close()
+
+
+def _words(inside: bool) -> tuple[str, str, tuple[str, ...]]:
+    """How to begin, to end well, and to undo, inside a transaction and outside of all."""
+    if inside:
+        release = f"RELEASE {_SAVEPOINT}"
+        return f"SAVEPOINT {_SAVEPOINT}", release, (f"ROLLBACK TO {_SAVEPOINT}", release)
+    # At once, so that a lock that is taken is waited for, and not met half-way.
+    return "BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",)
+
+
+def _errors() -> type[Exception]:
+    import sqlite3
+
+    return sqlite3.Error
