@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from resilient.stores import AsyncStore, Claim, MemoryStore, Read, Store, Thread
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed package that adds the scheme `shelf`."""
     (tmp_path / "shelf_of_another.py").write_text(
         "from resilient.stores import MemoryStore\n\n\n"
@@ -27,7 +26,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: shelf-of-another\nVersion: 1.0\n")
     (folder / "entry_points.txt").write_text("[resilient.stores]\nshelf = shelf_of_another:open\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield
 
 
 def test_memory_has_a_scheme() -> None:
