@@ -102,6 +102,8 @@ class Last:
         self.op = op
 
 
+_STEPS = frozenset((Run, Ask, Sleep, Wait, Settle, Last))
+
 Program: TypeAlias = Generator[Any, Any, Outcome]
 """A durable program. It must not yield in a `finally`: where nothing can be awaited any more, it is simply closed."""
 
@@ -119,45 +121,38 @@ def drive(program: Program, store: Any, env: Env, call: Call, args: Any, kwargs:
                 outcome: Outcome = stop.value
                 return outcome
             kind = cast(Any, type(step))
-            if kind is Run:
-                try:
-                    got = Outcome(call(*args, **kwargs), None)
-                except GeneratorExit:
-                    raise
-                except BaseException as error:
-                    got = Outcome(None, error)
-            elif kind is Ask:
-                try:
-                    got = Outcome(_answered(step.function(*args, **kwargs)), None)
-                except GeneratorExit:
-                    raise
-                except BaseException as error:
-                    got = Outcome(None, error)
-            elif kind is Settle:
-                step.beat.settle()
-                got = None
-            elif kind is Last:
-                got = _last(store, step.op)
-            else:
-                try:
-                    if kind is not Wait and kind is not Sleep:
-                        got = execute(step)
-                        continue
+            try:
+                if kind is Run:
+                    try:
+                        got = Outcome(call(*args, **kwargs), None)
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        got = Outcome(None, error)
+                elif kind not in _STEPS:
+                    got = execute(step)
+                elif kind is Last:
+                    got = _last(store, step.op)
+                elif kind is Ask:
+                    got = _asked(step.function, args, kwargs)
+                else:
                     got = None
-                    if kind is Wait and watch is not None:
+                    if kind is Settle:
+                        step.beat.settle()
+                    elif kind is Wait and watch is not None:
                         watch.park(env.clock, step.seconds)
                     elif kind is Wait and hasattr(store, "watch"):
                         watch = thread_watch(store, step.key)
                     else:
                         env.clock.sleep(step.seconds)
-                except StoreError as error:
-                    got = error
-                except GeneratorExit:
-                    raise
-                except BaseException as error:
-                    if isinstance(error, Exception):
-                        raise
-                    got = Cut(error)
+            except StoreError as error:
+                got = error
+            except Exception:
+                raise
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                got = Cut(error)
     finally:
         if watch is not None:
             watch.close()
@@ -179,48 +174,42 @@ async def adrive(program: Program, store: Any, env: Env, call: Call, args: Any, 
                 outcome: Outcome = stop.value
                 return outcome
             kind = cast(Any, type(step))
-            if kind is Run:
-                try:
-                    got = Outcome(await call(*args, **kwargs), None)
-                except GeneratorExit:
-                    raise
-                except BaseException as error:
-                    got = Outcome(None, error)
-            elif kind is Ask:
-                try:
-                    got = Outcome(await _aanswered(step.function(*args, **kwargs)), None)
-                except GeneratorExit:
-                    raise
-                except BaseException as error:
-                    got = Outcome(None, error)
-            elif kind is Settle:
-                await step.beat.asettle()
-                got = None
-            elif kind is Last:
-                got = await _last_shielded(store, step.op)
-            else:
-                try:
-                    if kind is not Wait and kind is not Sleep:
-                        got = await execute(step)
-                        continue
+            try:
+                if kind is Run:
+                    try:
+                        got = Outcome(await call(*args, **kwargs), None)
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        got = Outcome(None, error)
+                elif kind not in _STEPS:
+                    got = await execute(step)
+                elif kind is Last:
+                    got = await _last_shielded(store, step.op)
+                elif kind is Ask:
+                    got = await _aasked(step.function, args, kwargs)
+                else:
                     got = None
-                    if kind is Wait and watch is not None:
+                    if kind is Settle:
+                        await step.beat.asettle()
+                    elif kind is Wait and watch is not None:
                         await watch.apark(env.clock, step.seconds)
                     elif kind is Wait and hasattr(store, "watch"):
                         watch = task_watch(store, step.key)
                     else:
                         await env.clock.asleep(step.seconds)
-                except StoreError as error:
-                    got = error
-                except GeneratorExit:
-                    raise
-                except BaseException as error:
-                    if isinstance(error, Exception):
-                        raise
-                    got = Cut(error)
+            except StoreError as error:
+                got = error
+            except Exception:
+                raise
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                got = Cut(error)
     finally:
         if watch is not None:
             watch.close()
+        # Not left to the garbage collector: the program stops its heartbeat.
         program.close()
         del got
 
@@ -233,6 +222,24 @@ def thread_watch(store: Any, key: str) -> Any:
 def task_watch(store: Any, key: str) -> Any:
     """Watch `key` as a task."""
     return store.watch(key, task=True)
+
+
+def _asked(function: Call, args: Any, kwargs: Any) -> Outcome:
+    try:
+        return Outcome(_answered(function(*args, **kwargs)), None)
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        return Outcome(None, error)
+
+
+async def _aasked(function: Call, args: Any, kwargs: Any) -> Outcome:
+    try:
+        return Outcome(await _aanswered(function(*args, **kwargs)), None)
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        return Outcome(None, error)
 
 
 def _answered(value: Any) -> Any:

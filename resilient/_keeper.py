@@ -30,15 +30,12 @@ _SYSTEM = SystemClock()
 class Beat:
     """One claim under heartbeat. `lost` once the store has said that it is somebody else's."""
 
-    __slots__ = ("_over", "_renewing", "_waiter", "fence", "lost", "owner", "stored")
-
+    # Set where it comes to that: most calls end before their first heartbeat.
+    lost = _over = _renewing = False
+    _waiter: ThreadWaiter | LoopWaiter | TrioWaiter | None = None
     owner: str
     stored: str
     fence: int
-
-    def __init__(self) -> None:
-        self.lost = self._over = self._renewing = False
-        self._waiter: ThreadWaiter | LoopWaiter | TrioWaiter | None = None
 
     def _done(self) -> bool:
         """A heartbeat has ended. Whether there is to be another."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from resilient._keeper import TaskKeeper, ThreadKeeper
     from resilient.policy import Env
 
-__all__ = ["RERUN", "Hold", "Tally", "current", "once", "owner", "was_replayed"]
+__all__ = ["RERUN", "Hold", "Tally", "current", "once", "was_replayed"]
 
 
 class _Rerun:
@@ -45,19 +45,14 @@ class Hold(Beat):
     says that the lease went to somebody else meanwhile. `derive(purpose)` makes keys for what the function calls.
     """
 
-    __slots__ = ("attempt", "key", "open", "outer")
-
     key: str
-    attempt: int
+    fence = attempt = 0
+    outer: Hold | None = None
+    # The starts of the function that have not ended; None while it is called directly.
+    open: set[object] | None = None
 
     def __init__(self, key: str, stored: str) -> None:
-        super().__init__()
-        self.key, self.stored = key, stored
-        self.owner = owner()
-        self.fence = self.attempt = 0
-        self.outer: Hold | None = None
-        # The starts of the function that have not ended; None while it is called directly.
-        self.open: set[object] | None = None
+        self.key, self.stored, self.owner = key, stored, f"{_process}{next(_numbers):x}"
 
     def derive(self, purpose: str) -> str:
         """A key for a call that this one makes: 32 hexadecimal digits, the same in every attempt, others for others."""
@@ -72,6 +67,7 @@ class Hold(Beat):
 current: ContextVar[Hold | None] = ContextVar("resilient.claim", default=None)
 was_replayed: ContextVar[bool] = ContextVar("resilient.replayed", default=False)
 
+# The owner of a claim has a name that no other has: random for each process, counted within it.
 _process = ""
 _numbers = itertools.count()
 
@@ -83,11 +79,6 @@ def _new_process() -> None:
 
 _new_process()
 getattr(os, "register_at_fork", dict)(after_in_child=_new_process)
-
-
-def owner() -> str:
-    """A name that no other claim has: random for each process, counted within it."""
-    return f"{_process}{next(_numbers):x}"
 
 
 class Tally:
@@ -185,7 +176,8 @@ def once(
         reply = yield Finish(stored, who, hold.fence, data, how.ttl)
         if reply is not True:
             yield from _finish(how, env, hold, data, outcome, reply)
-        was_replayed.set(settled is not None)
+        if was_replayed.get() is not (settled is not None):
+            was_replayed.set(settled is not None)
         return outcome
     was_replayed.set(False)
     # A start that has not ended, or was cut off in the middle, may have had its effect.

@@ -30,12 +30,8 @@ _SAVEPOINT = "resilient_claim"
 class TransactionClaim(Hold):
     """The claim of a block. If it is `replayed`, `result` is what the first transaction with this key set it to."""
 
-    __slots__ = ("replayed", "result")
-
-    def __init__(self, key: str, stored: str) -> None:
-        super().__init__(key, stored)
-        self.replayed = False
-        self.result: Any = None
+    replayed = False
+    result: Any = None
 
 
 class Transaction:
