@@ -138,15 +138,17 @@ def binder(target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerp
     find_scope = scope if callable(scope) else None
     fixed = "" if scope is None or callable(scope) else scope
     single = len(by_name) == 1
-    hashed = blake2b
+    hasher = blake2b(digest_size=16).copy
     if single and fingerprint is not False and find_print is None and find_scope is None:
         # What most functions have: the same as below, with fewer questions.
         def quick(args: Any, kwargs: Any) -> tuple[str, str, str]:
             (text,), values = both(*args, **kwargs)
             if type(text) is not str or not 0 < len(text) <= LONGEST or not text.isprintable():
                 text = key_text(text)
+            hashed = hasher()
             try:
-                return fixed, text, hashed(encode(values), digest_size=16).hexdigest()
+                hashed.update(encode(values))
+                return fixed, text, hashed.hexdigest()
             except Exception as error:
                 raise _unprintable(name, rest, values, encode, error) from None
 

@@ -7,14 +7,17 @@ the call ends is waited for, so that nothing is written after the last word. Saf
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct, field
+
 from resilient._aio import Queue
-from resilient._park import LoopWaiter, ThreadWaiter, TrioWaiter, task_waiter
+from resilient._park import ThreadWaiter, task_waiter
 from resilient.clock import SystemClock, in_trio
 from resilient.errors import StoreError
 from resilient.stores._ops import Renew
@@ -26,16 +29,36 @@ __all__ = ["Beat", "TaskKeeper", "ThreadKeeper"]
 
 _SYSTEM = SystemClock()
 
+# The owner of a claim has a name that no other has: random for each process, counted within it.
+_process = ""
+_numbers = itertools.count(1)
 
-class Beat:
+
+def _new_process() -> None:
+    global _process
+    _process = os.urandom(16).hex()
+
+
+_new_process()
+getattr(os, "register_at_fork", dict)(after_in_child=_new_process)
+
+
+def _new_owner() -> str:
+    return f"{_process}.{next(_numbers)}"
+
+
+class Beat(Struct, eq=False):
     """One claim under heartbeat. `lost` once the store has said that it is somebody else's."""
 
-    # Set where it comes to that: most calls end before their first heartbeat.
-    lost = _over = _renewing = False
-    _waiter: ThreadWaiter | LoopWaiter | TrioWaiter | None = None
-    owner: str
+    key: str
     stored: str
-    fence: int
+    owner: str = field(default_factory=_new_owner)
+    fence: int = 0
+    attempt: int = 0
+    lost: bool = False
+    _over: bool = False
+    _renewing: bool = False
+    _waiter: Any = None
 
     def _done(self) -> bool:
         """A heartbeat has ended. Whether there is to be another."""

@@ -7,8 +7,6 @@ stays in doubt; and what is known is never lost to a store that fails for a mome
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Generator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
@@ -38,21 +36,16 @@ RERUN: Any = _Rerun()
 """What a reconcile function returns when the earlier attempt had no effect: the function is run again."""
 
 
-class Hold(Beat):
+class Hold(Beat, eq=False):
     """The claim of a running call, as its function sees it.
 
     `key` is the user's key, `attempt` is 1 for the first attempt, `fence` grows with every claim of the key, `lost`
     says that the lease went to somebody else meanwhile. `derive(purpose)` makes keys for what the function calls.
     """
 
-    key: str
-    fence = attempt = 0
-    outer: Hold | None = None
+    outer: Any = None
     # The starts of the function that have not ended; None while it is called directly.
     open: set[object] | None = None
-
-    def __init__(self, key: str, stored: str) -> None:
-        self.key, self.stored, self.owner = key, stored, f"{_process}{next(_numbers):x}"
 
     def derive(self, purpose: str) -> str:
         """A key for a call that this one makes: 32 hexadecimal digits, the same in every attempt, others for others."""
@@ -66,19 +59,6 @@ class Hold(Beat):
 
 current: ContextVar[Hold | None] = ContextVar("resilient.claim", default=None)
 was_replayed: ContextVar[bool] = ContextVar("resilient.replayed", default=False)
-
-# The owner of a claim has a name that no other has: random for each process, counted within it.
-_process = ""
-_numbers = itertools.count()
-
-
-def _new_process() -> None:
-    global _process
-    _process = os.urandom(16).hex()
-
-
-_new_process()
-getattr(os, "register_at_fork", dict)(after_in_child=_new_process)
 
 
 class Tally:
@@ -129,6 +109,7 @@ def once(
     if type(reply) is not Acquired:
         reply = yield from _contend(how, form, store, env, hold, fingerprint, label, reply)
         if isinstance(reply, Outcome):
+            yield reply
             return reply
     hold.fence, hold.attempt = reply.fence, reply.attempt
     hold.outer = outer = current.get()
@@ -178,6 +159,7 @@ def once(
             yield from _finish(how, env, hold, data, outcome, reply)
         if was_replayed.get() is not (settled is not None):
             was_replayed.set(settled is not None)
+        yield outcome
         return outcome
     was_replayed.set(False)
     # A start that has not ended, or was cut off in the middle, may have had its effect.

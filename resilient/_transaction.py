@@ -27,10 +27,10 @@ __all__ = ["Transaction", "TransactionClaim"]
 _SAVEPOINT = "resilient_claim"
 
 
-class TransactionClaim(Hold):
+class TransactionClaim(Hold, eq=False):
     """The claim of a block. If it is `replayed`, `result` is what the first transaction with this key set it to."""
 
-    replayed = False
+    replayed: bool = False
     result: Any = None
 
 

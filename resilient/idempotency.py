@@ -308,45 +308,42 @@ class Fitted:
         policy, how = self._policy, self._policy._how
         bound, store, remember = self._bound, policy.store, policy.remember
         hasher = Hasher(self._label)
-        direct = not self._marked
-        forms = [self._form]
+        marked = self._marked
+        form = self._form
 
         def begin(args: Any, kwargs: Any) -> Program:
+            nonlocal form
             scope, key, print_ = bound(args, kwargs)
             stored, label = hasher(scope, key)
-            form = forms[0]
             if form is None:
-                form = forms[0] = _late(policy, self._target)
+                form = _late(policy, self._target)
             hold = Hold(key, stored)
-            if not direct:
+            if marked:
                 hold.open = set()
             return once(how, form, remember, None, store, keeper, env, hold, print_, label)
 
         return begin
 
 
-class Hasher:
-    """From scope and key to the stored key and the label that tells people what it stands for."""
+def Hasher(function: str) -> Callable[[str, str], tuple[str, str]]:  # noqa: N802
+    """From scope and key to the stored key, and to the label that tells people what it stands for."""
+    from msgspec import json
 
-    __slots__ = ("_base", "_function", "_heads", "_quote")
+    quote = json.encode
+    heads: dict[str, tuple[Any, str]] = {}
 
-    def __init__(self, function: str) -> None:
-        from msgspec import json
-
-        self._quote = json.encode
-        self._function = function
-        self._heads: dict[str, tuple[Any, str]] = {}
-
-    def __call__(self, scope: str, key: str) -> tuple[str, str]:
-        head = self._heads.get(scope)
+    def hasher(scope: str, key: str) -> tuple[str, str]:
+        head = heads.get(scope)
         if head is None:
-            text = f'{{"function":{self._quote(self._function).decode()},"scope":{self._quote(scope).decode()},"key":'
-            head = digest(scope.encode(), self._function.encode()), text
-            if len(self._heads) < 1000:
-                self._heads[scope] = head
-        made = head[0].copy()
+            text = f'{{"function":{quote(function).decode()},"scope":{quote(scope).decode()},"key":'
+            head = digest(scope.encode(), function.encode()).copy, text
+            if len(heads) < 1000:
+                heads[scope] = head
+        made = head[0]()
         made.update(key.encode())
-        return made.hexdigest(), f"{head[1]}{self._quote(key).decode()}}}"
+        return made.hexdigest(), f"{head[1]}{quote(key).decode()}}}"
+
+    return hasher
 
 
 def identity(target: Any) -> str:

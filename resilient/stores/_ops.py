@@ -39,7 +39,7 @@ State: TypeAlias = Literal["running", "in doubt", "done"]
 """Of a record: its owner works on it; its owner's lease has ended without a word; it has its result."""
 
 
-class Acquired(Struct, frozen=True):
+class Acquired(Struct, frozen=True, gc=False):
     """The key is the caller's until its lease ends. `attempt` above 1: an earlier one never said how it ended.
 
     `fence` is larger than each number that this key had before.
@@ -49,7 +49,7 @@ class Acquired(Struct, frozen=True):
     attempt: int
 
 
-class Completed(Struct, frozen=True):
+class Completed(Struct, frozen=True, gc=False):
     """The key has its result."""
 
     fence: int
@@ -58,7 +58,7 @@ class Completed(Struct, frozen=True):
     result: bytes
 
 
-class Busy(Struct, frozen=True):
+class Busy(Struct, frozen=True, gc=False):
     """Another owner holds the key, for at least `lease_left` more seconds."""
 
     fence: int
@@ -67,7 +67,7 @@ class Busy(Struct, frozen=True):
     lease_left: float
 
 
-class Doubtful(Struct, frozen=True):
+class Doubtful(Struct, frozen=True, gc=False):
     """The lease of attempt number `attempt` ended `since` seconds ago, and nobody knows how far the attempt came."""
 
     fence: int
@@ -107,11 +107,11 @@ class Page(Struct, frozen=True):
     after: str
 
 
-class Op(Struct, Generic[R_co], frozen=True):
+class Op(Struct, Generic[R_co], frozen=True, gc=False):
     """The base of all operations. `Op[R]` answers with an `R`."""
 
 
-class Claim(Op[Claimed], frozen=True):
+class Claim(Op[Claimed], frozen=True, gc=False):
     """Take the key, if nobody has it: one atomic step, whatever else happens.
 
     - No record, or a result whose time is over: `Acquired`, attempt 1.
@@ -134,7 +134,7 @@ class Claim(Op[Claimed], frozen=True):
     awaited: bool = False
 
 
-class Renew(Op[bool], frozen=True):
+class Renew(Op[bool], frozen=True, gc=False):
     """Start the lease anew, `lease` seconds from now. False: the key is somebody else's, or done, or gone."""
 
     key: str
@@ -143,7 +143,7 @@ class Renew(Op[bool], frozen=True):
     lease: float
 
 
-class Finish(Op[bool], frozen=True):
+class Finish(Op[bool], frozen=True, gc=False):
     """Keep the result for `ttl` seconds. False: the key is somebody else's, or gone; nothing has changed.
 
     True as well where this owner has finished already: the first result stays. A lease that is over does not matter
@@ -157,7 +157,7 @@ class Finish(Op[bool], frozen=True):
     ttl: float
 
 
-class Release(Op[bool], frozen=True):
+class Release(Op[bool], frozen=True, gc=False):
     """Forget the key: the attempt failed, and the next may begin. False: it is not this owner's any more.
 
     `fence` 0 stands for whichever this owner has (where a claim was cut off before its answer came).
@@ -168,7 +168,7 @@ class Release(Op[bool], frozen=True):
     fence: int
 
 
-class Abandon(Op[bool], frozen=True):
+class Abandon(Op[bool], frozen=True, gc=False):
     """End the lease now, and keep the record: in doubt from here on. False: it is not this owner's any more.
 
     `fence` 0 stands for whichever this owner has.
@@ -179,13 +179,13 @@ class Abandon(Op[bool], frozen=True):
     fence: int
 
 
-class Read(Op[Record | None], frozen=True):
+class Read(Op[Record | None], frozen=True, gc=False):
     """The record of a key, or None. A result whose time is over counts as none."""
 
     key: str
 
 
-class Scan(Op[Page], frozen=True):
+class Scan(Op[Page], frozen=True, gc=False):
     """Up to `limit` records (a store may give some more or fewer) whose label contains `text`, from `after` on.
 
     Begin with an empty `after`, and go on with the one of each page until it is empty. Every record that is there all
@@ -197,7 +197,7 @@ class Scan(Op[Page], frozen=True):
     text: str = ""
 
 
-class Purge(Op[int], frozen=True):
+class Purge(Op[int], frozen=True, gc=False):
     """Remove up to `batch` records that ended, by result or by doubt, at least `older_than` seconds ago.
 
     Never one whose lease runs. The number removed: fewer than `batch` means that none is left.
@@ -207,7 +207,7 @@ class Purge(Op[int], frozen=True):
     batch: int = 1000
 
 
-class Forget(Op[bool], frozen=True):
+class Forget(Op[bool], frozen=True, gc=False):
     """Remove one record, finished or in doubt, because a person says so. False: there is none, or its lease runs."""
 
     key: str

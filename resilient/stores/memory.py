@@ -11,6 +11,8 @@ import threading
 from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import urlsplit
 
+from msgspec import Struct
+
 from resilient.clock import SystemClock
 from resilient.stores._ops import (
     Abandon,
@@ -44,19 +46,19 @@ __all__ = ["MemoryStore"]
 R = TypeVar("R")
 
 
-class _Row:
-    """One record. `expires` is None until there is a result."""
+class _Row(Struct, gc=False):
+    """One record. `expires` is None until there is a result. No work for the garbage collector: it holds plain data."""
 
-    __slots__ = ("attempt", "awaited", "began", "expires", "fence", "fingerprint", "label", "mark", "owner", "result")
-
-    awaited: bool
-    expires: float | None
-    result: bytes | None
-
-    def __init__(self, op: Claim, now: float, attempt: int, fence: int) -> None:
-        self.owner, self.fingerprint, self.label = op.owner, op.fingerprint, op.label
-        self.began, self.mark, self.attempt, self.fence = now, now + op.lease, attempt, fence
-        self.awaited, self.expires, self.result = False, None, None
+    owner: str
+    fingerprint: str
+    label: str
+    began: float
+    mark: float
+    attempt: int
+    fence: int
+    awaited: bool = False
+    expires: float | None = None
+    result: bytes | None = None
 
 
 class MemoryStore:
@@ -135,7 +137,7 @@ class MemoryStore:
         fence = int(now * 1e6)
         if row is not None and row.fence >= fence:
             fence = row.fence + 1
-        self._rows[op.key] = _Row(op, now, attempt, fence)
+        self._rows[op.key] = _Row(op.owner, op.fingerprint, op.label, now, now + op.lease, attempt, fence)
         return Acquired(fence, attempt)
 
     def _mine(self, op: Renew | Finish | Release | Abandon) -> _Row | None:
