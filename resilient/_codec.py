@@ -53,11 +53,15 @@ class Json:
         encode = msgspec.json.Encoder(enc_hook=_enc_hook).encode
         decode = msgspec.json.Decoder(annotation, dec_hook=_dec_hook).decode
         limit = self.limit
+        # What comes back as it went, beyond doubt.
+        plain = annotation if annotation in (str, int, bool) else None
 
         def encoded(value: Any) -> bytes:
             data = encode(value)
             if len(data) > limit:
                 raise ValueError(f"it takes {len(data):,} bytes, and the limit is {limit:,} (codec=Json(limit=…))")
+            if type(value) is plain:
+                return data
             again = decode(data)
             if not exact and again != value:
                 raise TypeError(
@@ -184,25 +188,21 @@ _write = msgspec.json.encode
 class Form:
     """How the results of one function are kept and come back."""
 
-    __slots__ = ("_decode", "_encode", "_json", "_remember")
+    __slots__ = ("_decode", "_json", "_remember", "keep")
+
+    keep: Callable[[Any], bytes]
+    """A value in an envelope, as bytes; or whatever its encoding raises."""
 
     def __init__(self, codec: Any, annotation: Any, remember: tuple[type[Exception], ...]) -> None:
         self._remember = remember
         self._json = isinstance(codec, Json)
-        self._encode: Callable[[Any], bytes]
         self._decode: Callable[[bytes], Any]
         if isinstance(codec, Json):
-            self._encode, self._decode = codec.form(annotation)
+            encode, self._decode = codec.form(annotation)
+            self.keep = lambda value: b'{"v":1,"ok":%b}' % encode(value)
         else:
-            self._encode = lambda value: codec.encode(value, annotation)
             self._decode = lambda data: codec.decode(data, annotation)
-
-    def keep(self, value: Any) -> bytes:
-        """`value` in an envelope; whatever its encoding raises."""
-        data = self._encode(value)
-        if self._json:
-            return b'{"v":1,"ok":' + data + b"}"
-        return b'{"v":1,"raw":"' + base64.b64encode(data) + b'"}'
+            self.keep = lambda value: b'{"v":1,"raw":"%b"}' % base64.b64encode(codec.encode(value, annotation))
 
     def keep_error(self, error: Exception) -> bytes:
         """`error`, of a class that is remembered, in an envelope. What JSON cannot write of it becomes text."""

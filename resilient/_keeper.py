@@ -25,11 +25,11 @@ from resilient.stores._ops import Renew
 if TYPE_CHECKING:
     from resilient.clock import Clock
 
-__all__ = ["Beat", "TaskKeeper", "ThreadKeeper"]
+__all__ = ["Beat", "TaskKeeper", "ThreadKeeper", "new_owner"]
 
 _SYSTEM = SystemClock()
 
-# The owner of a claim has a name that no other has: random for each process, counted within it.
+# Random for each process, counted within it: no other claim's owner has the same.
 _process = ""
 _numbers = itertools.count(1)
 
@@ -43,7 +43,8 @@ _new_process()
 getattr(os, "register_at_fork", dict)(after_in_child=_new_process)
 
 
-def _new_owner() -> str:
+def new_owner() -> str:
+    """A name for the owner of one claim."""
     return f"{_process}.{next(_numbers)}"
 
 
@@ -52,7 +53,7 @@ class Beat(Struct, eq=False):
 
     key: str
     stored: str
-    owner: str = field(default_factory=_new_owner)
+    owner: str = field(default_factory=new_owner)
     fence: int = 0
     attempt: int = 0
     lost: bool = False
