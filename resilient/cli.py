@@ -1,6 +1,7 @@
 """The command `resilient`.
 
     resilient demo [--quick] [--seed N] [--plain] [--orders FILE] [--json FILE]
+    resilient idempotency show KEY | list | purge --older-than TIME | forget KEY --why TEXT [--store URL]
     resilient --version
 
 What a command needs beyond the core comes with an extra; without it the command says which one and exits with 2.
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from resilient import __version__
+from resilient import __version__, _cli_idempotency
 
 __all__ = ["main"]
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return _demo(chosen)
+        return _cli_idempotency.run(chosen) if chosen.command == "idempotency" else _demo(chosen)
     except KeyboardInterrupt:
         return 130
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--orders", type=Path, metavar="FILE", help="a CSV file of orders (default: the 600 that come along)"
     )
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of the report to FILE as well")
+    _cli_idempotency.add(commands)
     return parser
 
 
