@@ -205,7 +205,8 @@ def _contend(
             # Claiming again is harmless, and tells whether the first claim got there.
             tries += 1
             if reply.maybe_written and tries < 3:
-                reply = yield Claim(stored, who, how.lease, fingerprint, label, how.in_doubt != "raise")
+                awaited = began is not None
+                reply = yield Claim(stored, who, how.lease, fingerprint, label, how.in_doubt != "raise", awaited)
                 continue
             if reply.maybe_written:
                 yield Release(stored, who, 0)
