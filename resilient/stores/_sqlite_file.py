@@ -19,11 +19,12 @@ from resilient.stores._sqlite_sql import MIGRATIONS
 if TYPE_CHECKING:
     from resilient.clock import Clock
     from resilient.stores._ops import AnyOp
-    from resilient.stores._sqlite_sql import Sql
+    from resilient.stores._sqlite_sql import Execute, Sql
 
-__all__ = ["File", "copy", "wrapped"]
+__all__ = ["TROUBLE", "File", "copy", "wrapped"]
 
-_READERS = 8  # that wait for the next operation; more are opened while more threads read at once
+_READERS = 8  # that are kept for the next operation; more are opened while more threads read at once
+_clock = SystemClock()  # for waits, whatever clock judges leases
 
 # What a store may meet in SQLite and in values that are not for it. All else is a fault in here, and shown as it is.
 TROUBLE = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, MemoryError)
@@ -54,82 +55,109 @@ class File:
         self.path = path
         self.sql = sql
         self.at = clock.at
-        self.writer: sqlite3.Connection | None = None
         self._prefix = prefix
         self._synchronous = "FULL" if full else "NORMAL"
         self._busy_timeout = busy_timeout
-        self._readers: list[sqlite3.Connection] = []
-        self._opening = threading.Lock()
+        self.forget()
 
-    def ready(self) -> sqlite3.Connection:
-        """The connection that writes."""
-        writer = self.writer
-        if writer is None:
+    def forget(self) -> object:
+        """Begin anew. What was open is returned, for somebody to keep: it is neither used nor closed."""
+        was = vars(self).copy()
+        self.writer: sqlite3.Connection | None = None
+        self.write: Execute | None = None
+        # Cursors, which may be used again and again: making one costs as much as a look-up in an index.
+        self._free: list[sqlite3.Cursor] = []
+        self._readers: set[sqlite3.Connection] = set()
+        self._opening = threading.RLock()
+        return was
+
+    def ready(self) -> Execute:
+        """What executes a statement on the connection that writes."""
+        write = self.write
+        if write is None:
             with self._opening:
-                writer = self.writer
-                if writer is None:
-                    writer = self.writer = self._open_writer()
-        return writer
+                if self.writer is None:
+                    self.writer = self._open_writer()
+                    self.write = self.writer.cursor().execute
+                write = self.write
+                assert write is not None
+        return write
 
     def peek(self, op: AnyOp) -> Any:
         """The answer to an operation that need not write, else `...`. Any thread; waits for no writer."""
-        if self.writer is None:
+        if self.write is None:
             self.ready()
+        free = self._free
         try:
             try:
-                reader = self._readers.pop()
+                reader = free.pop()
             except IndexError:
                 reader = self._open_reader()
             try:
                 return self.sql.peek(reader.execute, op, self.at())
             finally:
-                if len(self._readers) < _READERS:
-                    self._readers.append(reader)
-                else:
-                    reader.close()
+                free.append(reader)
+                if len(free) > _READERS:
+                    self._close_reader()
         except TROUBLE as error:
             raise wrapped(error, self.path) from error
 
     def roll_back(self) -> None:
         """Roll back what the writer has begun."""
         writer = self.writer
-        assert writer is not None
-        try:
-            writer.execute("ROLLBACK")
-        except sqlite3.Error:
-            self.writer = None
-            writer.close()  # which rolls back
+        if writer is not None and writer.in_transaction:
+            try:
+                writer.execute("ROLLBACK")
+            except sqlite3.Error:
+                self.writer = self.write = None
+                writer.close()  # which rolls back
 
     def close(self) -> None:
-        """Close what is open. Nobody may be writing."""
+        """Close what is open, except readers that are in use just now. Nobody may be writing."""
         with self._opening:
-            writer, self.writer = self.writer, None
-            while self._readers:
-                self._readers.pop().close()
+            writer, self.writer, self.write = self.writer, None, None
+            while self._free:
+                self._close_reader()
             if writer is not None:
                 writer.close()
 
-    def forsake(self) -> list[sqlite3.Connection]:
-        """After a fork, in the child: what was open is the parent's. Never used or closed here, so it must be kept."""
-        kept = [*self._readers, *([] if self.writer is None else [self.writer])]
-        self.writer, self._readers, self._opening = None, [], threading.Lock()
-        return kept
+    def freeze(self, until: float) -> None:
+        """Close everything, and let nobody open anything before `thaw`. Who still reads at `until` is left alone."""
+        self._opening.acquire()
+        self.close()
+        while self._readers and _clock.now() < until:
+            _clock.sleep(0.0005)
+            self.close()
+
+    def thaw(self) -> None:
+        """Whoever wants to may open again."""
+        self._opening.release()
+
+    def _close_reader(self) -> None:
+        try:
+            connection = self._free.pop().connection
+        except IndexError:
+            return  # somebody was faster
+        connection.close()
+        self._readers.discard(connection)
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(
             self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False, cached_statements=64
         )
 
-    def _open_reader(self) -> sqlite3.Connection:
-        reader = self._connect()
-        try:
-            # What the schema of a file says is not to be trusted with functions.
-            reader.execute("PRAGMA trusted_schema = OFF")
-            reader.execute("PRAGMA query_only = ON")
-        except BaseException:
-            reader.close()
-            raise
-        return reader
+    def _open_reader(self) -> sqlite3.Cursor:
+        with self._opening:
+            reader = self._connect()
+            try:
+                # What the schema of a file says is not to be trusted with functions.
+                reader.execute("PRAGMA trusted_schema = OFF")
+                reader.execute("PRAGMA query_only = ON")
+            except BaseException:
+                reader.close()
+                raise
+            self._readers.add(reader)
+            return reader.cursor()
 
     def _open_writer(self) -> sqlite3.Connection:
         try:
@@ -152,16 +180,15 @@ class File:
         return writer
 
     def _wal(self, writer: sqlite3.Connection) -> None:
-        clock = SystemClock()
-        until = clock.now() + self._busy_timeout
+        until = _clock.now() + self._busy_timeout
         while True:
             try:
                 mode = writer.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            except sqlite3.OperationalError:
+            except sqlite3.OperationalError as error:
                 # Others of us do the same at this moment: SQLite does not always wait for its turn here.
-                if clock.now() >= until:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or _clock.now() >= until:
                     raise
-                clock.sleep(0.005)
+                _clock.sleep(0.005)
                 continue
             if mode != "wal":
                 raise StoreError(f"SQLite store {self.path}: write-ahead logging is not possible here ({mode})")
@@ -170,13 +197,13 @@ class File:
     def _migrate(self, writer: sqlite3.Connection) -> None:
         if self._version(writer) == len(MIGRATIONS):
             return
+        meta = f"{self._prefix}schema"
         writer.execute("BEGIN IMMEDIATE")
         try:
             found = self._version(writer)  # once more: another process may have been here first
-            meta = f"{self._prefix}schema"
             if found == 0:
-                writer.execute(f"CREATE TABLE IF NOT EXISTS {meta} (version INTEGER NOT NULL)")
-                writer.execute(f"INSERT INTO {meta} (version) SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM {meta})")
+                writer.execute(f"CREATE TABLE {meta} (version INTEGER NOT NULL)")
+                writer.execute(f"INSERT INTO {meta} (version) VALUES (0)")
             for statements in MIGRATIONS[found:]:
                 for statement in statements:
                     writer.execute(statement.format(p=self._prefix))
@@ -188,18 +215,17 @@ class File:
 
     def _version(self, writer: sqlite3.Connection) -> int:
         meta = f"{self._prefix}schema"
-        there = writer.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (meta,)).fetchone()
+        # Compared without regard to case, as SQLite does with names.
+        there = writer.execute("SELECT 1 FROM sqlite_master WHERE name = ? COLLATE NOCASE", (meta,)).fetchone()
         if there is None:
             return 0
         rows = writer.execute(f"SELECT version FROM {meta} LIMIT 2").fetchall()
-        if not rows:
-            return 0
-        version = rows[0][0]
-        if len(rows) > 1 or type(version) is not int or version < 0:
-            raise StoreError(f"SQLite store {self.path}: the table {meta} is damaged")
+        if len(rows) != 1 or type(rows[0][0]) is not int or rows[0][0] < 1:
+            raise StoreError(f"SQLite store {self.path}: the table {meta} is damaged, or not one of resilient's")
+        version: int = rows[0][0]
         if version > len(MIGRATIONS):
             raise StoreError(
-                f"SQLite store {self.path}: its tables are of version {version}, "
-                f"made by a newer resilient than this one, which knows {len(MIGRATIONS)}"
+                f"SQLite store {self.path}: its tables are of version {version}, made by a newer resilient than this "
+                f"one, which knows {len(MIGRATIONS)}"
             )
         return version

@@ -1,23 +1,24 @@
 """Group commit: callers that come at the same time share one transaction, and with it one wait for the disk.
 
 Each caller puts its job into a queue. The first leads: it runs all that is queued in one transaction, commits, hands
-out the answers, and passes the lead to the first who has come in the meantime. Threads lead in turn; for tasks one
-daemon thread does, so that no event loop ever waits for the disk. A job that fails fails alone. A caller alone pays two
+out the answers, and passes the lead to the first who has come in the meantime. Threads lead in turn; for tasks a daemon
+thread does, so that no event loop ever waits for the disk. A job that fails fails alone. A caller alone pays two
 uncontended locks. Safe from any thread and loop, and against interrupts.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
+from resilient.clock import SystemClock
 from resilient.stores._sqlite_file import copy, wrapped
 
 if TYPE_CHECKING:
-    import sqlite3
-
     from resilient.stores._ops import AnyOp
     from resilient.stores._sqlite_file import File
 
@@ -27,14 +28,17 @@ __all__ = ["Group", "Job", "TaskJob"]
 # written down by statements without a call (`_stage`, `done`), between which none can come; `_leave` reads it.
 _IDLE, _BEGUN, _COMMITTING, _FAILED = range(4)
 
+_PATIENCE = 5.0  # seconds that a fork waits for what is running
+_clock = SystemClock()
+
 
 class Job:
-    """An operation of a thread. It is rung when it is done, or to lead."""
+    """An operation of a thread. It is rung when it is done, or to lead. `op` None: close the file."""
 
     __slots__ = ("answer", "bell", "done", "error", "op")
 
     def __init__(self, op: AnyOp | None) -> None:
-        self.op: Any = op  # None: close
+        self.op: Any = op
         self.answer: Any = ...
         self.error: Exception | None = None
         self.done = False
@@ -51,33 +55,43 @@ class Job:
 class TaskJob(Job):
     """An operation of a task. `send` runs a function in the task's loop, from any thread; `wake` resumes the task."""
 
-    __slots__ = ("send", "wake")
+    __slots__ = ("looked", "send", "wake")
 
     def __init__(self, op: AnyOp, send: Callable[..., object], wake: Callable[[], object]) -> None:
         self.op = op
         self.answer = ...
         self.error = None
         self.done = False
+        self.looked = False  # whether it had to write, when it was looked at
         self.send = send
         self.wake = wake
 
 
-_TASKS: Final = Job.__new__(Job)  # leads: the thread that works for tasks
+_TASKS: Final = Job(None)  # leads: the thread that works for tasks
+_groups: WeakSet[Group] = WeakSet()
 
 
 class Group:
-    """The queue of one file, and who leads."""
+    """The queue of one file, and who leads. `ended` is told of jobs that are committed, before they are handed out."""
 
     def __init__(self, file: File, ended: Callable[[Sequence[Job]], None]) -> None:
         self._file = file
-        self._ended = ended  # told of committed jobs, before they are handed out
+        self._ended = ended
+        self._frozen: Job | None = None
+        self._inherited: list[object] = []
+        self._begin()
+        _groups.add(self)
+
+    def _begin(self) -> None:
         self._mutex = threading.Lock()
         self._queue: deque[Job] = deque()
+        self._looks: deque[TaskJob] = deque()
         self._leader: Job | None = None
         self._batch: Sequence[Job] = ()
         self._current: Sequence[Job] = ()
         self._stage = _IDLE
-        self._server: _Server | None = None
+        self._writer: _Helper | None = None
+        self._looker: _Helper | None = None
 
     def run(self, job: Job) -> Any:
         """Run a job of this thread, alone or with those of others, and answer."""
@@ -89,14 +103,24 @@ class Group:
             if self._leader is not job:
                 job.bell.acquire()
             if self._leader is job:
-                self._lead()
+                if job.op is None:
+                    self._shut(job)
+                else:
+                    self._lead()
         except BaseException:
             self._leave(job)
             raise
         return job.outcome()
 
-    def post(self, job: TaskJob) -> None:
-        """Queue a job of a task, and return at once. Cancelled or not, it runs to its end."""
+    def post(self, job: TaskJob, look: bool) -> None:
+        """Queue a job of a task, and return at once. Cancelled or not, it runs to its end.
+
+        `look`: it may need no write. While somebody else commits, that is found out beside it.
+        """
+        if look and self._stage:
+            self._looks.append(job)
+            self._help(look=True)
+            return
         try:
             with self._mutex:
                 self._queue.append(job)
@@ -104,19 +128,41 @@ class Group:
                     self._leader = _TASKS
         finally:
             if self._leader is _TASKS:
-                self._rouse()
+                self._help()
 
     def close(self) -> None:
-        """End the thread, and close the file when the batch that runs has ended. The next job opens all anew."""
+        """End the threads, and close the file when the batch that runs has ended. The next job opens all anew."""
         self.run(Job(None))
+
+    def drop(self) -> None:
+        """Close, when the store is no longer used: from wherever its last reference was, the own threads included."""
+        here = threading.current_thread()
+        if any(helper is not None and helper.thread is here for helper in (self._writer, self._looker)):
+            threading.Thread(target=self.close, name="resilient-sqlite", daemon=True).start()
+        else:
+            self.close()
 
     # -- leading -----------------------------------------------------------------------------------------------------
 
     def _lead(self) -> None:
+        queue = self._queue
+        batch: list[Job] = []
         with self._mutex:
-            self._batch = list(self._queue)
-            self._queue.clear()
-        self._work(self._batch)
+            self._batch = batch
+            while queue and queue[0].op is not None:
+                batch.append(queue.popleft())
+        self._work(batch)
+        self._pass_on()
+
+    def _shut(self, job: Job) -> None:
+        with self._mutex:
+            self._queue.remove(job)
+            helpers = self._writer, self._looker
+            self._writer = self._looker = None
+        for helper in helpers:
+            if helper is not None:
+                helper.end()
+        self._file.close()
         self._pass_on()
 
     def _pass_on(self) -> None:
@@ -124,65 +170,58 @@ class Group:
             self._batch = ()
             head = self._queue[0] if self._queue else None
             self._leader = _TASKS if isinstance(head, TaskJob) else head
-        if head is not None:
-            self._call(head)
+        self._call()
 
-    def _call(self, head: Job) -> None:
-        if isinstance(head, TaskJob):
-            self._rouse()
-        else:
-            _ring(head.bell)
+    def _call(self) -> None:
+        """Let the leader know that it is. Once too often does no harm."""
+        leader = self._leader
+        if leader is _TASKS:
+            self._help()
+        elif leader is not None:
+            _ring(leader.bell)
 
     def _work(self, batch: Sequence[Job]) -> None:
-        closing = [job for job in batch if job.op is None]
-        if closing:
-            batch = [job for job in batch if job.op is not None]
+        try:
+            self._file.ready()
+        except Exception as error:
+            for job in batch:
+                job.error = copy(error)
+            _hand_out(batch)
+            return
+        if len(batch) > 1 or isinstance(batch[0], TaskJob):
+            batch = self._look(self._file.peek, batch)
         if batch:
-            try:
-                writer = self._file.ready()
-            except Exception as error:
-                for job in batch:
-                    job.error = copy(error)
-                self._hand_out(batch)
-            else:
-                if len(batch) > 1 or isinstance(batch[0], TaskJob):
-                    batch = self._peek(writer, batch)
-                if batch:
-                    self._commit(writer, batch)
-        if closing:
-            self._file.close()
-            server, self._server = self._server, None
-            if server is not None:
-                server.end()
-            self._hand_out(closing)
+            self._commit(batch)
 
-    def _peek(self, writer: sqlite3.Connection, batch: Sequence[Job]) -> Sequence[Job]:
-        """Answer what need not be written, without the write lock: threads have looked already, tasks have not."""
-        execute, peek = writer.execute, self._file.sql.peek
+    def _look(self, peek: Callable[[AnyOp], Any], batch: Sequence[Job]) -> Sequence[Job]:
+        """Answer what need not be written, without the write lock. The rest: threads have looked already."""
         rest: list[Job] = []
         seen: list[Job] = []
         for job in batch:
-            if isinstance(job, TaskJob):
+            if isinstance(job, TaskJob) and not job.looked:
+                job.looked = True
                 try:
-                    job.answer = peek(execute, job.op, self._file.at())
+                    job.answer = peek(job.op)
                 except Exception as error:
-                    job.error = wrapped(error, self._file.path)
+                    job.error = error
                 if job.error is not None or job.answer is not ...:
                     seen.append(job)
                     continue
             rest.append(job)
-        self._hand_out(seen)
+        _hand_out(seen)
         return rest
 
-    def _commit(self, writer: sqlite3.Connection, jobs: Sequence[Job]) -> None:
-        execute, answer, path = writer.execute, self._file.sql.answer, self._file.path
+    def _commit(self, jobs: Sequence[Job]) -> None:
+        file = self._file
+        execute, answer, writer = file.ready(), file.sql.answer, file.writer
+        assert writer is not None
         failure: Exception
         now = None
         self._current = jobs
         try:
             self._stage = _BEGUN
             execute("BEGIN IMMEDIATE")
-            now = self._file.at()
+            now = file.at()
             for job in jobs:
                 try:
                     job.answer = answer(execute, job.op, now)
@@ -190,48 +229,35 @@ class Group:
                     # It has written nothing: the statement that writes is the last of a job.
                     if not writer.in_transaction:
                         raise
-                    job.error = wrapped(error, path)
+                    job.error = wrapped(error, file.path)
             self._stage = _COMMITTING
             execute("COMMIT")
         except Exception as error:
             committing, self._stage = self._stage == _COMMITTING, _FAILED
             failure = error
         else:
-            self._ended(jobs)
-            self._hand_out(jobs)
+            self._committed()
             return
-        maybe = False
-        if writer.in_transaction:
-            self._file.roll_back()
-        elif committing:
-            # SQLite has rolled back; but after an error of the disk, nobody knows what is on it.
-            maybe = getattr(failure, "sqlite_errorname", "") != "SQLITE_FULL"
+        # SQLite has rolled back already, or does now; but after an error of the disk nobody knows what is on it.
+        maybe = committing and not writer.in_transaction and getattr(failure, "sqlite_errorname", "") != "SQLITE_FULL"
+        file.roll_back()
         if len(jobs) > 1 and now is not None and not maybe:
             for job in jobs:  # one of them may be at fault: each for itself
                 job.answer, job.error = ..., None
-                self._commit(self._file.ready(), [job])
+                self._commit([job])
             return
         for job in jobs:
-            job.answer, job.error = ..., wrapped(failure, path, maybe_written=maybe)
-        self._hand_out(jobs)
+            job.answer, job.error = ..., wrapped(failure, file.path, maybe_written=maybe)
+        self._settled(jobs)
 
-    def _hand_out(self, jobs: Sequence[Job]) -> None:
-        loops: dict[Any, list[TaskJob]] = {}
-        for job in jobs:
-            job.done = True
-            if isinstance(job, TaskJob):
-                loops.setdefault(job.send, []).append(job)
-            else:
-                _ring(job.bell)
-        for send, tasks in loops.items():
-            try:
-                send(_wake, tasks)
-            except RuntimeError:
-                pass  # The loop is closed: nobody waits any more.
-        self._stage = _IDLE
-        self._current = ()
+    def _committed(self) -> None:
+        jobs = self._current
+        self._ended(jobs)
+        self._settled(jobs)
 
-    # -- interrupts --------------------------------------------------------------------------------------------------
+    def _settled(self, jobs: Sequence[Job]) -> None:
+        _hand_out(jobs)
+        self._stage, self._current = _IDLE, ()
 
     def _leave(self, job: Job) -> None:
         """A leader, or one who waits, was interrupted. What it wanted is dropped unless begun; the rest goes on."""
@@ -239,67 +265,129 @@ class Group:
             if self._leader is not job:
                 if job in self._queue:
                     self._queue.remove(job)
-                return
+                job = _TASKS
+        if job is _TASKS:
+            self._call()  # it may have been about to
+            return
         writer = self._file.writer
-        if writer is not None and writer.in_transaction:
+        if self._stage == _COMMITTING and writer is not None and not writer.in_transaction:
+            self._committed()
+        else:
             self._file.roll_back()
-        elif self._stage == _COMMITTING:
-            self._hand_out(self._current)
         self._stage, self._current = _IDLE, ()
+        _hand_out([other for other in self._batch if other.done])  # some may not have been woken
         with self._mutex:
             for other in reversed(self._batch):
                 if not other.done and other is not job:
                     other.answer, other.error = ..., None
                     self._queue.appendleft(other)
-            self._batch = ()
             if job in self._queue:
                 self._queue.remove(job)
         self._pass_on()
 
-    # -- the thread that works for tasks -----------------------------------------------------------------------------
+    # -- the threads that work for tasks -----------------------------------------------------------------------------
 
-    def _rouse(self) -> None:
-        server = self._server
-        if server is None:
+    def _help(self, *, look: bool = False) -> None:
+        helper = self._looker if look else self._writer
+        if helper is None:
             with self._mutex:
-                server = self._server
-                if server is None:
-                    server = self._server = _Server(self)
-        server.rouse()
+                helper = self._looker if look else self._writer
+                if helper is None and look:
+                    helper = self._looker = _Helper(self._look_on)
+                elif helper is None:
+                    helper = self._writer = _Helper(self._lead_on)
+        helper.rouse()
+
+    def _lead_on(self) -> None:
+        while self._leader is _TASKS:
+            try:
+                self._lead()
+            except Exception as error:  # a fault in here: whoever waits must not wait for ever
+                failed = [job for job in self._batch if not job.done]
+                for job in failed:
+                    job.error = error
+                _hand_out(failed)
+                self._file.roll_back()
+                self._pass_on()
+
+    def _look_on(self) -> None:
+        looks = self._looks
+        while looks:
+            batch: list[TaskJob] = []
+            try:
+                while True:
+                    batch.append(looks.popleft())
+            except IndexError:
+                pass
+            rest = self._look(self._file.peek, batch)
+            if rest:
+                with self._mutex:
+                    self._queue.extend(rest)
+                    if self._leader is None:
+                        self._leader = _TASKS
+                self._call()
+
+    # -- forks -------------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Before a fork: take the lead and close everything, since what SQLite knows of locks must not be inherited.
+
+        Who does not end within some seconds is left alone; then the child must not even close what it inherits.
+        """
+        until = _clock.now() + _PATIENCE
+        job = Job(None)
+        with self._mutex:
+            self._queue.append(job)
+            if self._leader is None:
+                self._leader = job
+        if self._leader is not job:
+            _clock.wait(lambda seconds: job.bell.acquire(True, seconds), _PATIENCE)
+        with self._mutex:
+            self._queue.remove(job)
+        if self._leader is job:
+            self._frozen = job
+            self._file.freeze(until)
+
+    def thaw(self) -> None:
+        """After the fork, in the parent."""
+        if self._frozen is not None:
+            self._frozen = None
+            self._file.thaw()
+            self._pass_on()
+
+    def renew(self) -> None:
+        """After the fork, in the child: what is open is the parent's, and nobody waits here."""
+        self._inherited.append(self._file.forget())
+        self._frozen = None
+        self._begin()
 
 
-class _Server:
-    """The thread that leads for tasks."""
+class _Helper:
+    """A daemon thread that does `work` whenever it is roused."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
         self._ended = False
         self._bell = threading.Lock()
         self._bell.acquire()
-        self._thread = threading.Thread(target=self._serve, name="resilient-sqlite", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._serve, name="resilient-sqlite", daemon=True)
+        self.thread.start()
 
     def rouse(self) -> None:
-        """Have the thread look whether it leads."""
+        """Have the thread look for work."""
         _ring(self._bell)
 
     def end(self) -> None:
-        """End the thread; called by whoever leads."""
+        """End the thread when it has no more work."""
         self._ended = True
         _ring(self._bell)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        if self.thread is not threading.current_thread():
+            self.thread.join()
 
     def _serve(self) -> None:
-        group = self._group
         while not self._ended:
             self._bell.acquire()
-            while group._leader is _TASKS:
-                try:
-                    group._lead()
-                except BaseException:  # a fault in here: whoever waits must not wait for ever
-                    group._leave(_TASKS)
-                    raise
+            self._work()
 
 
 def _ring(bell: threading.Lock) -> None:
@@ -309,6 +397,41 @@ def _ring(bell: threading.Lock) -> None:
         pass  # It has been rung.
 
 
+def _hand_out(jobs: Sequence[Job]) -> None:
+    """Wake those who wait for `jobs`: each thread, and each loop once."""
+    loops: dict[Any, list[TaskJob]] = {}
+    for job in jobs:
+        job.done = True
+        if isinstance(job, TaskJob):
+            loops.setdefault(job.send, []).append(job)
+        else:
+            _ring(job.bell)
+    for send, tasks in loops.items():
+        try:
+            send(_wake, tasks)
+        except RuntimeError:
+            pass  # The loop is closed: nobody waits any more.
+
+
 def _wake(jobs: Sequence[TaskJob]) -> None:
     for job in jobs:
         job.wake()
+
+
+def _freeze() -> None:
+    for group in list(_groups):
+        group.freeze()
+
+
+def _thaw() -> None:
+    for group in list(_groups):
+        group.thaw()
+
+
+def _renew() -> None:
+    for group in list(_groups):
+        group.renew()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_freeze, after_in_parent=_thaw, after_in_child=_renew)

@@ -76,39 +76,28 @@ class Rows(Protocol):
     def fetchall(self) -> list[Any]: ...
 
 
-Execute = Callable[[str, Sequence[Any]], Rows]
+class Execute(Protocol):
+    """Executes a statement: a cursor's own method."""
+
+    def __call__(self, sql: str, parameters: Sequence[Any] = ..., /) -> Rows: ...
 
 
-class _Row:
-    """A record, checked."""
+# A record: owner, fence, attempt, fingerprint, label, began, mark, expires, result. The last two are None while there
+# is no result.
+_Row = tuple[str, int, int, str, str, float, float, float | None, bytes | None]
 
-    __slots__ = ("attempt", "began", "expires", "fence", "fingerprint", "label", "mark", "owner", "result")
 
-    expires: float | None  # None while there is no result
-    result: bytes | None
-
-    def __init__(self, key: str, values: Sequence[Any]) -> None:
-        owner, fence, attempt, fingerprint, label, began, mark, expires, result = values
-        if (
-            type(owner) is str
-            and type(fence) is int
-            and type(attempt) is int
-            and type(fingerprint) is str
-            and type(label) is str
-            and type(began) is float
-            and type(mark) is float
-            and ((expires is None and result is None) or (type(expires) is float and type(result) is bytes))
-        ):
-            self.owner, self.fence, self.attempt, self.fingerprint, self.label = (
-                owner,
-                fence,
-                attempt,
-                fingerprint,
-                label,
-            )
-            self.began, self.mark, self.expires, self.result = began, mark, expires, result
-        else:
-            _damaged(key, values)
+def _checked(key: str, values: Sequence[Any]) -> _Row:
+    owner, fence, attempt, fingerprint, label, began, mark, expires, result = values
+    fine = (
+        type(owner) is type(fingerprint) is type(label) is str
+        and type(fence) is type(attempt) is int
+        and type(began) is type(mark) is float
+        and ((expires is None and result is None) or (type(expires) is float and type(result) is bytes))
+    )
+    if not fine:
+        _damaged(key, values)
+    return values  # type: ignore[return-value]
 
 
 def _damaged(key: str, values: Sequence[Any]) -> NoReturn:
@@ -206,23 +195,24 @@ class Sql:
         values = execute(self._select, (key,)).fetchone()
         if values is None:
             return None
-        return _Row(key, self._texts(values) if self._neutral else values)
+        return _checked(key, self._texts(values) if self._neutral else values)
 
-    def _texts(self, values: Iterable[Any]) -> list[Any]:
+    @staticmethod
+    def _texts(values: Iterable[Any]) -> tuple[Any, ...]:
         owner, fence, attempt, fingerprint, label, began, mark, expires, result = values
-        return [_text(owner), fence, attempt, _text(fingerprint), _text(label), began, mark, expires, result]
+        return (_text(owner), fence, attempt, _text(fingerprint), _text(label), began, mark, expires, result)
 
     @staticmethod
     def _judge(op: Claim, row: _Row, now: float) -> Completed | Busy | Doubtful | None:
         """What a claim answers where nothing has to be written; None where the record can be had."""
-        result, expires = row.result, row.expires
+        owner, fence, attempt, fingerprint, _, _, mark, expires, result = row
         if result is not None and expires is not None:
-            return Completed(row.fence, row.attempt, row.fingerprint, result) if expires > now else None
-        if row.owner == op.owner:
+            return Completed(fence, attempt, fingerprint, result) if expires > now else None
+        if owner == op.owner:
             return None
-        if row.mark > now:
-            return Busy(row.fence, row.attempt, row.fingerprint, row.mark - now)
-        return None if op.take_over else Doubtful(row.fence, row.attempt, row.fingerprint, now - row.mark)
+        if mark > now:
+            return Busy(fence, attempt, fingerprint, mark - now)
+        return None if op.take_over else Doubtful(fence, attempt, fingerprint, now - mark)
 
     def _do_claim(self, execute: Execute, op: Claim, now: float) -> Claimed:
         # Microseconds since the epoch: larger than any number before, also where the record was purged in between.
@@ -236,15 +226,13 @@ class Sql:
         answer = self._judge(op, row, now)
         if answer is not None:
             return answer
-        if row.expires is None and row.owner == op.owner:
+        owner, last, attempt, _, _, _, _, expires, _ = row
+        if expires is None and owner == op.owner:
             execute(self._again, (now + op.lease, op.key))
-            return Acquired(row.fence, row.attempt)
-        attempt = 1 if row.expires is not None else row.attempt + 1
-        fence = max(fence, row.fence + 1)
-        execute(
-            self._take,
-            (op.owner, fence, attempt, op.fingerprint, op.label, now, now + op.lease, op.key),
-        )
+            return Acquired(last, attempt)
+        attempt = 1 if expires is not None else attempt + 1
+        fence = max(fence, last + 1)
+        execute(self._take, (op.owner, fence, attempt, op.fingerprint, op.label, now, now + op.lease, op.key))
         return Acquired(fence, attempt)
 
     def _do_renew(self, execute: Execute, op: Renew, now: float) -> bool:
@@ -255,7 +243,7 @@ class Sql:
         if execute(self._finish, values).rowcount == 1:
             return True
         row = self._row(execute, op.key)
-        return row is not None and row.owner == op.owner and op.fence in (0, row.fence)
+        return row is not None and row[0] == op.owner and op.fence in (0, row[1])
 
     def _do_release(self, execute: Execute, op: Release, now: float) -> bool:
         return execute(self._release, (op.key, op.owner, op.fence, op.fence)).rowcount == 1
@@ -265,9 +253,8 @@ class Sql:
 
     def _do_read(self, execute: Execute, op: Read, now: float) -> Record | None:
         row = self._row(execute, op.key)
-        if row is None or (row.expires is not None and row.expires <= now):
-            return None
-        return _record(op.key, row, now)
+        record = None if row is None else _record(op.key, row, now)
+        return None if record is None or (record.expires_at is not None and record.expires_at <= now) else record
 
     def _do_scan(self, execute: Execute, op: Scan, now: float) -> Page:
         found: list[Record] = []
@@ -276,10 +263,10 @@ class Sql:
                 return Page(tuple(found), found[-1].key)
             key, *rest = values
             if self._neutral:
-                key, rest = _text(key), self._texts(rest)
+                key, rest = _text(key), [*self._texts(rest)]
             if type(key) is not str:
                 raise StoreError(f"the table {self.table} is damaged: a key is {_kind(key)}")
-            found.append(_record(key, _Row(key, rest), now))
+            found.append(_record(key, _checked(key, rest), now))
         return Page(tuple(found), "")
 
     def _do_purge(self, execute: Execute, op: Purge, now: float) -> int:
@@ -291,16 +278,17 @@ class Sql:
 
 
 def _record(key: str, row: _Row, now: float) -> Record:
+    owner, fence, attempt, fingerprint, label, began, mark, expires, result = row
     return Record(
         key=key,
-        state="done" if row.result is not None else "running" if row.mark > now else "in doubt",
-        owner=row.owner,
-        fence=row.fence,
-        attempt=row.attempt,
-        fingerprint=row.fingerprint,
-        label=row.label,
-        began_at=row.began,
-        mark=row.mark,
-        expires_at=row.expires,
-        result=row.result,
+        state="done" if result is not None else "running" if mark > now else "in doubt",
+        owner=owner,
+        fence=fence,
+        attempt=attempt,
+        fingerprint=fingerprint,
+        label=label,
+        began_at=began,
+        mark=mark,
+        expires_at=expires,
+        result=result,
     )

@@ -81,7 +81,7 @@ class SQLiteStore:
         self._neutral = Sql(prefix, neutral=True)
         self._file = File(path, Sql(prefix), prefix, durability == "full", busy_timeout, self.clock)
         self._group = Group(self._file, lambda jobs: _ring(bells, jobs))
-        self._finalizer = weakref.finalize(self, self._group.close)
+        weakref.finalize(self, self._group.drop)
 
     @classmethod
     def from_url(cls, url: str) -> SQLiteStore:
@@ -117,7 +117,7 @@ class SQLiteStore:
 
             event = trio.Event()
             job = TaskJob(op, trio.lowlevel.current_trio_token().run_sync_soon, event.set)
-            self._group.post(job)
+            self._group.post(job, type(op) in _PEEKED)
             await event.wait()
             return cast(R, job.outcome())
         import asyncio
@@ -130,7 +130,7 @@ class SQLiteStore:
                 future.set_result(None)
 
         job = TaskJob(op, loop.call_soon_threadsafe, wake)
-        self._group.post(job)
+        self._group.post(job, type(op) in _PEEKED)
         await future
         return cast(R, job.outcome())
 
@@ -149,8 +149,7 @@ class SQLiteStore:
 
     def on(self, connection: sqlite3.Connection, op: Op[R], /) -> R:
         """Carry out `op` on `connection`, as a part of the transaction that it is in: it commits with it."""
-        cursor = connection.cursor()
-        cursor.row_factory = None
+        cursor = sqlite3.Cursor(connection)  # without the connection's row factory
         try:
             answer = self._neutral.answer(cursor.execute, op, self.clock.at())
         except TROUBLE as error:
