@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from resilient import StoreError, _cli_idempotency, stores
+from resilient import Idempotent, StoreError, _cli_idempotency, stores
 from resilient.cli import main
 from resilient.stores import Abandon, Claim, Finish, MemoryStore, Read, Record
 from resilient.stores._ops import AnyOp
@@ -581,3 +581,39 @@ def test_a_file_is_looked_into_from_the_shell(tmp_path: Path) -> None:
     assert "result:       42\n" in text
     assert shell("forget", "o-1", "--why", "test")[0] == 0
     assert shell("purge", "--older-than", "0") == (0, "purged 0 records\n")
+
+
+class Declined(Exception):
+    """What the bank says."""
+
+
+def test_what_idempotent_keeps_is_found_and_shown(tmp_path: Path, capsys: Out) -> None:
+    url = f"sqlite:///{tmp_path}/keys.db"
+    store = stores.open(url)
+
+    @Idempotent(store, key="order", scope="eü", remember=(Declined,))
+    def charge(order: str, cents: int) -> dict[str, int]:
+        if cents < 0:
+            raise KeyboardInterrupt
+        if cents > 1000:
+            raise Declined("no money")
+        return {"cents": cents}
+
+    key = 'o-"1" ☃\\'
+    charge(key, 500)
+    with pytest.raises(Declined):
+        charge("o-2", 5000)
+    with pytest.raises(KeyboardInterrupt):
+        charge("o-3", -1)
+    for order, line in (
+        (key, 'result:       {"cents": 500}'),
+        ("o-2", "Declined: no money"),
+        ("o-3", "in doubt since"),
+    ):
+        assert (
+            ask("show", order, "--store", url, "--function", f"{__name__}:{charge.__qualname__}", "--scope", "eü") == 0
+        )
+        assert line in capsys.readouterr().out
+    assert ask("forget", "o-3", "--why", "never sent", "--store", url) == 0
+    assert charge("o-3", 300) == {"cents": 300}
+    store.close()
