@@ -9,7 +9,7 @@ here connects, waits, or imports a driver.
 from __future__ import annotations
 
 from math import isnan
-from struct import Struct, error
+from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgspec.structs import asdict
@@ -70,24 +70,33 @@ MIGRATIONS = (
     """,
 )
 
-NOW = "extract(epoch FROM clock_timestamp())::float8"
+NOW = "date_part('epoch', clock_timestamp())"
 
-# What a claim finds: done, taken by others (busy), of unknown end (quarrel), or there to be taken.
-_KIND = """CASE
-    WHEN r.expires IS NOT NULL THEN CASE WHEN r.expires > {now} THEN 'd' ELSE 't' END
-    WHEN r.owner = %(owner)s THEN 't'
-    WHEN r.mark > {now} THEN 'b'
-    WHEN %(take_over)s THEN 't' ELSE 'q' END"""
-
+# Nearly every claim finds nothing, or something that is not to be had. So the first statement takes a key that is new,
+# else it only reads; the second one takes over what may be taken. Each decides by itself, and alone.
 _CLAIM = """
-WITH clock AS MATERIALIZED (SELECT {NOW} AS now),
-seen AS MATERIALIZED (
-    SELECT {KIND_SEEN} AS kind, r.fence, r.attempt, r.fingerprint, r.mark - now AS ahead, r.awaited, r.result
-    FROM {prefix}records AS r, clock WHERE r.key = %(key)s),
+WITH seen AS MATERIALIZED (
+    SELECT false AS new, fence::int8, attempt::int8, fingerprint::text, owner::text, mark::float8, expires::float8,
+        result::bytea, awaited::bool, {NOW} AS now
+    FROM {prefix}records WHERE key = %(key)s),
 new AS (
     INSERT INTO {prefix}records AS r (key, owner, fence, attempt, fingerprint, label, began, mark)
     SELECT %(key)s, %(owner)s, (now * 1e6)::int8, 1, %(fingerprint)s, %(label)s, now, now + %(lease)s::float8
-    FROM clock WHERE NOT EXISTS (SELECT FROM seen WHERE kind <> 't')
+    FROM (SELECT {NOW} AS now OFFSET 0) AS clock WHERE NOT EXISTS (SELECT FROM seen)
+    ON CONFLICT (key) DO NOTHING RETURNING true AS new, fence, mark)
+SELECT * FROM seen
+UNION ALL SELECT new, fence, NULL, NULL, NULL, mark, NULL, NULL, NULL, {NOW} FROM new
+"""
+
+_TAKE = """
+WITH seen AS MATERIALIZED (
+    SELECT fence, attempt, fingerprint, owner, mark, expires, result, awaited, {NOW} AS now,
+        expires <= {NOW} OR expires IS NULL AND (owner = %(owner)s OR %(take_over)s AND mark <= {NOW}) AS free
+    FROM {prefix}records WHERE key = %(key)s),
+new AS (
+    INSERT INTO {prefix}records AS r (key, owner, fence, attempt, fingerprint, label, began, mark)
+    SELECT %(key)s, %(owner)s, (now * 1e6)::int8, 1, %(fingerprint)s, %(label)s, now, now + %(lease)s::float8
+    FROM (SELECT {NOW} AS now OFFSET 0) AS clock WHERE NOT EXISTS (SELECT FROM seen WHERE free IS NOT TRUE)
     ON CONFLICT (key) DO UPDATE SET
         owner = EXCLUDED.owner,
         fence = CASE WHEN {SAME} THEN r.fence ELSE greatest(r.fence + 1, EXCLUDED.fence) END,
@@ -99,17 +108,18 @@ new AS (
         awaited = r.awaited AND {SAME},
         expires = NULL,
         result = NULL
-    WHERE {KIND_NEW} = 't'
-    RETURNING r.fence, r.attempt, r.mark - {NOW} < 0.9 * %(lease)s::float8 AS late),
+    WHERE r.expires <= {NOW} OR r.expires IS NULL AND (r.owner = %(owner)s OR %(take_over)s AND r.mark <= {NOW})
+    RETURNING r.fence, r.attempt, r.mark),
 heard AS (
     UPDATE {prefix}records AS r SET awaited = true FROM seen
-    WHERE %(awaited)s AND r.key = %(key)s AND seen.kind = 'b' AND NOT seen.awaited
-        AND r.fence = seen.fence AND r.expires IS NULL
+    WHERE %(awaited)s AND r.key = %(key)s AND seen.free IS NOT TRUE AND NOT seen.awaited
+        AND r.fence = seen.fence AND r.expires IS NULL AND r.mark > seen.now
     RETURNING true)
-SELECT new.fence::int8, new.attempt::int8, new.late::bool, seen.kind::text, seen.fence::int8, seen.attempt::int8,
-    seen.fingerprint::text, seen.ahead::float8, seen.result::bytea,
-    (seen.awaited OR NOT %(awaited)s OR EXISTS (SELECT FROM heard))::bool
-FROM clock LEFT JOIN seen ON true LEFT JOIN new ON true
+SELECT true AS new, fence::int8, attempt::int8, NULL::text, NULL::text, mark::float8, NULL::float8, NULL::bytea,
+    NULL::bool, {NOW} FROM new
+UNION ALL SELECT false, fence::int8, attempt::int8, fingerprint::text, owner::text, mark::float8, expires::float8,
+    result::bytea, awaited OR EXISTS (SELECT FROM heard), now
+FROM seen WHERE NOT EXISTS (SELECT FROM new)
 """
 
 _MINE = "r.key = %(key)s AND r.owner = %(owner)s AND (r.fence = %(fence)s::int8 OR %(fence)s::int8 = 0)"
@@ -183,10 +193,10 @@ class Statement:
     """How one kind of operation is asked and answered.
 
     `writes`: whether it may change something. `blind`: whether a second sending may find the work of the first and
-    take it for somebody else's, so that its answer is not the operation's.
+    take it for somebody else's, so that its answer is not the operation's. `then`: what to ask if that gave no answer.
     """
 
-    __slots__ = ("blind", "decode", "sql", "values", "writes")
+    __slots__ = ("blind", "decode", "sql", "then", "values", "writes")
 
     def __init__(
         self,
@@ -196,16 +206,15 @@ class Statement:
         values: Callable[[Any], dict[str, Any]] = asdict,
         writes: bool = True,
         blind: bool = False,
+        then: Statement | None = None,
     ) -> None:
         self.sql, self.decode, self.values = sql.encode(), decode, values
-        self.writes, self.blind = writes, blind
+        self.writes, self.blind, self.then = writes, blind, then or self
 
 
 def statements(prefix: str) -> dict[type[AnyOp], Statement]:
     """One statement for each kind of operation, on the tables with that prefix."""
     parts = {
-        "{KIND_SEEN}": _KIND.replace("{now}", "now"),
-        "{KIND_NEW}": _KIND.replace("{now}", "{NOW}"),
         "{SAME}": "(r.expires IS NULL AND r.owner = EXCLUDED.owner)",
         "{MINE}": _MINE,
         "{BELL}": _BELL,
@@ -221,7 +230,7 @@ def statements(prefix: str) -> dict[type[AnyOp], Statement]:
         return " ".join(text.split())
 
     return {
-        Claim: Statement(sql(_CLAIM), _claimed),
+        Claim: Statement(sql(_CLAIM), _claimed, then=Statement(sql(_TAKE), _claimed)),
         Renew: Statement(sql(_RENEW), _any),
         Finish: Statement(sql(_FINISH), _any),
         Release: Statement(sql(_RELEASE), _any, blind=True),
@@ -244,28 +253,29 @@ _FLOAT = Struct("!d").unpack
 
 
 def _claimed(result: Result, op: Claim) -> Claimed:
-    get = result.get_value
-    fence = get(0, 0)
-    try:
-        if fence is not None:
-            if get(0, 2) != b"\0":
-                return cast(Claimed, AGAIN)  # It waited for somebody's transaction, and the lease is half over.
-            return Acquired(_INT(fence)[0], _whole(get(0, 1), op.key, "attempt"))
-        kind = get(0, 3)
-        if kind is None or kind == b"t":
-            return cast(Claimed, AGAIN)  # Another took it in the same moment.
-        number, attempt = _whole(get(0, 4), op.key, "fence"), _whole(get(0, 5), op.key, "attempt")
-        fingerprint = _text(get(0, 6), op.key, "fingerprint")
-        if kind == b"d":
-            return Completed(number, attempt, fingerprint, _bytes(get(0, 8), op.key))
-        ahead = _number(get(0, 7), op.key, "mark")
-        if kind == b"q":
-            return Doubtful(number, attempt, fingerprint, -ahead)
-        if get(0, 9) != b"\1":
-            return cast(Claimed, AGAIN)  # It ended before it could learn that somebody waits.
-        return Busy(number, attempt, fingerprint, ahead)
-    except error as exc:
-        raise _damaged(op.key, f"a number that is none ({exc})") from None
+    if not result.ntuples:
+        return cast(Claimed, AGAIN)  # Somebody took it in the same moment.
+    get, key = result.get_value, op.key
+    fence = _whole(get(0, 1), key, "fence")
+    if get(0, 0) == b"\1":
+        if _number(get(0, 5), key, "mark") - _number(get(0, 9), key, "time") < 0.9 * op.lease:
+            return cast(Claimed, AGAIN)  # It waited for somebody's transaction to end: the lease must start anew.
+        attempt = get(0, 2)
+        return Acquired(fence, 1 if attempt is None else _whole(attempt, key, "attempt"))
+    attempts, fingerprint, owner = _whole(get(0, 2), key, "attempt"), _text(get(0, 3), key, "fingerprint"), get(0, 4)
+    now, expires = _number(get(0, 9), key, "time"), get(0, 6)
+    if expires is not None:
+        if _number(expires, key, "expires") <= now:
+            return cast(Claimed, AGAIN)
+        return Completed(fence, attempts, fingerprint, _bytes(get(0, 7), key))
+    ahead = _number(get(0, 5), key, "mark") - now
+    if _text(owner, key, "owner") == op.owner:
+        return cast(Claimed, AGAIN)
+    if ahead > 0:
+        if op.awaited and get(0, 8) != b"\1":
+            return cast(Claimed, AGAIN)  # Whoever holds it must learn that somebody waits, or has just ended.
+        return Busy(fence, attempts, fingerprint, ahead)
+    return cast(Claimed, AGAIN) if op.take_over else Doubtful(fence, attempts, fingerprint, -ahead)
 
 
 def _any(result: Result, op: AnyOp) -> bool:

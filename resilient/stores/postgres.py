@@ -168,6 +168,7 @@ class PostgresStore:
             else:
                 if answer is not AGAIN:
                     return cast(R, _after(answer, op) if lost and statement.blind else answer)
+                statement = statement.then
         raise _undecided(op)
 
     async def aexecute(self, op: Op[R], /) -> R:
@@ -196,6 +197,7 @@ class PostgresStore:
             else:
                 if answer is not AGAIN:
                     return cast(R, _after(answer, op) if lost and statement.blind else answer)
+                statement = statement.then
         raise _undecided(op)
 
     def on(self, connection: psycopg.Connection[Any], op: Op[R], /) -> R:
@@ -212,6 +214,7 @@ class PostgresStore:
             answer = statement.decode(cast(Any, cursor.pgresult), op)
             if answer is not AGAIN:
                 return cast(R, answer)
+            statement = statement.then
         raise _undecided(op)
 
     async def aon(self, connection: psycopg.AsyncConnection[Any], op: Op[R], /) -> R:
@@ -225,6 +228,7 @@ class PostgresStore:
             answer = statement.decode(cast(Any, cursor.pgresult), op)
             if answer is not AGAIN:
                 return cast(R, answer)
+            statement = statement.then
         raise _undecided(op)
 
     def prepare(self) -> None:
