@@ -1,13 +1,13 @@
 # The one door. Each target makes its virtual environment and installs what it lacks; a second run starts at once.
 #
-#   make demo | test | bench | lint | types | docs | mutate | clean
+#   make demo | test | bench | soak | lint | types | docs | mutate | clean
 #
 # Variables, each with its default:
 #   PYTHON=python3   the interpreter that makes the environment (3.11 or later)
 #   VENV=.venv       where the environment lives
 #   WHEEL=           `make test`: test this built wheel in place of the source tree
 #   COVER=100        `make test`: the least branch coverage in percent; empty measures none
-#   ARGS=            passed on: to pytest, to the demo, to the benchmarks, to mutmut
+#   ARGS=            passed on: to pytest, to the demo, to the benchmarks, to the soak, to mutmut
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -24,7 +24,7 @@ TREE := README.md benchmarks conftest.py docs pyproject.toml tests
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint types docs mutate clean
+.PHONY: help demo test bench soak lint types docs mutate clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 2,11p' Makefile
@@ -83,6 +83,9 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check

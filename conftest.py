@@ -1,12 +1,15 @@
 """The examples of README.md and docs/ are tests: Sybil runs every Python block, one namespace a page.
 
-Sleeps of the system's clock end at once, so that a page with a retry takes no time. What an example promises, it
-shows as `>>>` with the answer, or asserts.
+Sleeps of the system's clock end at once, so that a page with a retry takes no time. Each page runs in an empty folder of
+its own, and the stores that it opened by URL are closed behind it. What an example promises, it shows as `>>>` with the
+answer, or asserts.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,10 +22,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def setup(namespace: dict[str, Any]) -> None:
+    from resilient.stores._open import forget_shared
     from resilient.testing import instant
 
     stack = namespace["_stack"] = ExitStack()
     stack.enter_context(instant())
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    stack.callback(os.chdir, os.getcwd())
+    os.chdir(folder)
+    stack.callback(forget_shared)
 
 
 def teardown(namespace: dict[str, Any]) -> None:

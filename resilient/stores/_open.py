@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["open", "shared"]
+__all__ = ["forget_shared", "open", "shared"]
 
 GROUP = "resilient.stores"
 _BUILT_IN = {
@@ -55,6 +55,15 @@ def shared(url: str) -> Any:
         if store is None:
             store = _shared[url] = open(url)
         return store
+
+
+def forget_shared() -> None:
+    """Close the stores that were opened by `shared`, for tests; who names their URLs after this gets new ones."""
+    with _lock:
+        stores = list(_shared.values())
+        _shared.clear()
+    for store in stores:
+        store.close()
 
 
 def _factory(scheme: str) -> Callable[[str], Any]:
