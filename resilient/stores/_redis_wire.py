@@ -100,7 +100,7 @@ class Pool:
     def _begin(self) -> None:
         self._free: list[Any] = []
         self._slots = threading.Semaphore(self._most)
-        self._closed = False
+        self._closed = 0
 
     def run(self, request: Request) -> Any:
         """The server's answer to a request."""
@@ -130,7 +130,7 @@ class Pool:
             self._slots.release()
 
     def _ask_one(self, packed: bytes, writes: bool) -> Any:
-        free = self._free
+        free, closed = self._free, self._closed
         sent = False
         conn: Any = None
         try:
@@ -154,7 +154,7 @@ class Pool:
                 raise
             raise made from error
         free.append(conn)
-        if self._closed:
+        if closed != self._closed:
             self._drop()
         return answer
 
@@ -171,7 +171,11 @@ class Pool:
                 stale = True
             if stale:
                 conn.disconnect()
-        conn.connect()
+        try:
+            conn.connect()
+        except BaseException:
+            conn.disconnect()
+            raise
         return conn
 
     def _drop(self) -> None:
@@ -183,12 +187,21 @@ class Pool:
 
     def close(self) -> None:
         """Close what is free now; what is in use, when it is done."""
-        self._closed = True
+        self._closed += 1
         self._drop()
 
 
 def _answered(error: Exception) -> bool:
     return any(kind.__name__ == "ResponseError" for kind in type(error).__mro__)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    import asyncio
+
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError("tasks of asyncio only: elsewhere, such as in trio, use Threaded(store)") from None
 
 
 class Loops:
@@ -224,9 +237,7 @@ class Loops:
         return [""]
 
     async def _pool(self) -> _LoopPool:
-        import asyncio
-
-        loop = asyncio.get_running_loop()
+        loop = _running_loop()
         pool = self._pools.get(loop)
         if pool is None:
             pool = self._pools[loop] = _LoopPool(self._kind, self._options, self._most)
@@ -235,9 +246,7 @@ class Loops:
 
     async def aclose(self) -> None:
         """Close the connections of the running loop."""
-        import asyncio
-
-        pool = self._pools.pop(asyncio.get_running_loop(), None)
+        pool = self._pools.pop(_running_loop(), None)
         if pool is not None:
             await pool.close()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from resilient.errors import StoreError
 from resilient.stores._lua import decoded, purge_one, read_one, record, request
@@ -39,7 +39,7 @@ class RedisStore:
     those that it serves: `execute` or `aexecute` is there accordingly (`Threaded(store)` makes an `AsyncStore` of one
     for threads).
 
-    `prefix` begins every key, and names the channel that wakes waiters (`prefix` + `wake`): stores of one prefix are one.
+    `prefix` begins every key, and names the channel that wakes waiters (`prefix` + `wake`).
     On a cluster, a prefix with `{braces}` keeps all keys on one node. `timeout` is the number of seconds for a
     connection, and for an answer, after which an operation fails; by a client, the client's own count.
 
@@ -78,17 +78,17 @@ class RedisStore:
         Options in the query: `prefix`, `timeout`, `max_connections` (100: of a process's threads together, and of each
         event loop), and all that redis-py takes there, such as `db`, `socket_keepalive` or `ssl_ca_certs`.
         """
-        parts = urlsplit(url)
+        base, _, query = url.partition("?")
         ours: dict[str, Any] = {}
         rest: list[tuple[str, str]] = []
-        for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        for name, value in parse_qsl(query, keep_blank_values=True):
             if name == "prefix":
                 ours[name] = value
             elif name == "timeout":
                 ours[name] = _number(name, value)
             else:
                 rest.append((name, value))
-        return cls(urlunsplit(parts._replace(query=urlencode(rest))), **ours)
+        return cls(f"{base}?{urlencode(rest)}" if rest else base, **ours)
 
     if TYPE_CHECKING:
 
@@ -108,9 +108,6 @@ class RedisStore:
         """`close`, and the connections of the running event loop. (Loops close theirs when they are shut down.)"""
         self.close()
 
-    def _key(self, data: bytes) -> str:
-        return data[len(self._prefix) :].decode("utf-8", "surrogatepass")
-
     # -- Scan and Purge: programs of many requests -------------------------------------------------------------------
 
     def _program(self, op: Scan | Purge) -> Generator[_Step, Any, Any]:
@@ -118,8 +115,8 @@ class RedisStore:
 
     def _scan(self, op: Scan) -> Generator[_Step, Any, Page]:
         nodes: list[str] = yield "nodes", ()
-        node, _, cursor_text = op.after.rpartition("/") if op.after else (nodes[0], "", "0")
-        if node not in nodes or not cursor_text.isdecimal():
+        node, slash, cursor_text = op.after.rpartition("/") if op.after else (nodes[0], "/", "0")
+        if not slash or node not in nodes or not (cursor_text.isascii() and cursor_text.isdecimal()):
             raise ValueError(f"after must come from a page of this store, not {op.after!r}")
         cursor = int(cursor_text)
         found: dict[str, Record] = {}
@@ -127,8 +124,11 @@ class RedisStore:
             cursor, keys = yield "scan", (node, cursor, self._match, max(1, min(op.limit, 1000)))
             for data in keys:
                 reply = yield "try", read_one(data, op.text)
-                key = self._key(data)
-                entry = record(key, reply)
+                try:
+                    key = data[len(self._prefix) :].decode("utf-8", "surrogatepass")
+                    entry = record(key, reply)
+                except (UnicodeDecodeError, StoreError):
+                    continue  # of somebody else, or damaged: `Read` says so
                 if entry is not None:
                     found[key] = entry
             if not cursor:
@@ -242,16 +242,16 @@ class _UrlStore(_Threads, _Tasks):
         from resilient.stores._redis_bells import Listener
 
         parts = urlsplit(where)
-        scheme = _SCHEMES.get(parts.scheme)
-        if scheme is None:
-            raise ValueError(f"where must be a URL that begins with one of {', '.join(_SCHEMES)}, not {where!r}")
+        if parts.scheme not in _SCHEMES:
+            # No more of it than this: there may be a password in it.
+            raise ValueError(f"where must be a URL that begins with one of {', '.join(_SCHEMES)}, not {parts.scheme!r}")
+        url = _SCHEMES[parts.scheme] + where[len(parts.scheme) :]
         try:
             import redis
             import redis.asyncio
         except ImportError as error:
             raise ImportError("stores in Redis or Valkey need a driver: pip install 'resilient-kit[redis]'") from error
         options = {"socket_timeout": self._timeout, "socket_connect_timeout": self._timeout}
-        url = urlunsplit(parts._replace(scheme=scheme))
         made: list[Any] = []
         try:
             for module in (redis, redis.asyncio):
@@ -263,7 +263,10 @@ class _UrlStore(_Threads, _Tasks):
         except (TypeError, ValueError) as error:
             raise ValueError(f"where has an option that redis-py does not take: {error}") from error
         threads, tasks = made
-        most = threads.max_connections if "max_connections=" in parts.query else 100
+        # The pool's own default is another one in each version of the driver.
+        most = int(dict(parse_qsl(parts.query)).get("max_connections", 100))
+        if most < 1:
+            raise ValueError(f"max_connections must be at least 1, not {most}")
         self._port = Pool(threads.connection_class, threads.connection_kwargs, most, self._timeout)
         # One limit for the whole of an operation instead of one for each of its parts: that is cheaper.
         kwargs = {**tasks.connection_kwargs, "socket_timeout": None}
