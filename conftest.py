@@ -1,8 +1,8 @@
 """The examples of README.md and docs/ are tests: Sybil runs every Python block, one namespace a page.
 
 Sleeps of the system's clock end at once, so that a page with a retry takes no time. Each page runs in an empty folder
-of its own, and the stores that it opened by URL are closed behind it. What an example promises, it shows as `>>>` with the
-answer, or asserts.
+of its own, and the stores that it opened by URL are closed behind it. What an example promises, it shows as `>>>` with
+the answer, or asserts.
 """
 
 from __future__ import annotations
