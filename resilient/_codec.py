@@ -11,6 +11,8 @@ import base64
 import os
 import typing
 from collections.abc import Callable
+from inspect import unwrap
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -63,7 +65,7 @@ class Json:
             if type(value) is plain:
                 return data
             again = decode(data)
-            if not exact and again != value:
+            if (not exact or again.__class__ is not value.__class__) and again != value:
                 raise TypeError(
                     f"a {type(value).__qualname__} would come back as something else: annotate the return type"
                 )
@@ -143,17 +145,24 @@ def fingerprint_encoder() -> Callable[[Any], bytes]:
     return msgspec.json.Encoder(order="deterministic", enc_hook=hook).encode
 
 
+def _annotations(function: Any) -> dict[str, Any]:
+    found = getattr(function, "__annotations__", None)
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+
+
 def returns(target: Any) -> Any:
     """What `target` says that it returns, awaited if it is awaitable; `Any` if it does not say."""
-    while hasattr(target, "func") and not hasattr(target, "__annotations__"):
-        target = target.func
-    function = getattr(target, "__func__", target)
-    if "return" not in (getattr(function, "__annotations__", None) or {}):
-        function = faces(target)[1]
-        if "return" not in (getattr(function, "__annotations__", None) or {}):
-            return Any
+    function = next((face for face in faces(target) if "return" in _annotations(face)), None)
+    if function is None:
+        return Any
+    # This one alone: the names of others may be there for type checkers only.
+    alone = SimpleNamespace(
+        __annotations__={"return": _annotations(function)["return"]},
+        __type_params__=getattr(function, "__type_params__", ()),
+    )
+    known = getattr(unwrap(function), "__globals__", {})
     try:
-        annotation = typing.get_type_hints(function, include_extras=True)["return"]
+        annotation = typing.get_type_hints(alone, known, include_extras=True)["return"]
     except (NameError, AttributeError):
         return None  # a name that is not there yet: asked again at the first call
     if getattr(typing.get_origin(annotation), "__name__", "") in ("Awaitable", "Coroutine"):
@@ -216,11 +225,13 @@ class Form:
         state: dict[str, Any] = {}
         for name, value in vars(error).items():
             try:
-                if name != "__notes__" and msgspec.json.decode(_write(value)) == value:
+                if not name.startswith("__") and msgspec.json.decode(_write(value)) == value:
                     state[name] = value
             except Exception:
                 continue
-        kept = _Error(_named(type(error)), _named(base), str(error), args, state)
+        # (A lone surrogate, as of a file's name, cannot be written.)
+        text = str(error).encode(errors="backslashreplace").decode()
+        kept = _Error(_named(type(error)), _named(base), text, args, state)
         return _write({"v": VERSION, "error": kept})
 
     def outcome(self, data: bytes) -> tuple[Any, Exception | None]:
@@ -259,7 +270,8 @@ class Form:
         error.args = args
         for name, value in kept.state.items():
             try:
-                object.__setattr__(error, name, value)
+                if not name.startswith("__"):
+                    object.__setattr__(error, name, value)
             except (AttributeError, TypeError):
                 continue
         return error

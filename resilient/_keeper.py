@@ -75,15 +75,24 @@ class Beat(Struct, eq=False):
             waiter.park(_SYSTEM, None)
 
     async def asettle(self) -> None:
-        """Suspend until no heartbeat is under way, cancelled or not."""
-        from resilient._aio import shielded
+        """Suspend until no heartbeat is under way. A cancel is raised after that; what hangs is left behind."""
+        from resilient._aio import GRACE, shielded
 
         self._waiter = waiter = task_waiter()
-        if self._renewing:
-            try:
-                await shielded(waiter.apark, _SYSTEM, None)
-            except TimeoutError:
-                pass  # It hangs; whatever it still writes is refused by the fence.
+        if not self._renewing:
+            return
+        try:
+            await waiter.apark(_SYSTEM, GRACE)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._waiter = waiter = task_waiter()
+            if self._renewing:
+                try:
+                    await shielded(waiter.apark, _SYSTEM, None)
+                except TimeoutError:
+                    pass  # It hangs; whatever it still writes is refused by the fence.
+            raise
 
 
 class ThreadKeeper:
@@ -118,7 +127,11 @@ class ThreadKeeper:
         with self._lock:
             if not self._running:
                 self._running = True
-                threading.Thread(target=self._run, name="resilient-heartbeat", daemon=True).start()
+                try:
+                    threading.Thread(target=self._run, name="resilient-heartbeat", daemon=True).start()
+                except BaseException:
+                    self._running = False  # The next call is to try again.
+                    raise
 
     def _run(self) -> None:
         never = threading.Lock()

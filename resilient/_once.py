@@ -44,8 +44,10 @@ class Hold(Beat, eq=False):
     """
 
     outer: Any = None
-    # The starts of the function that have not ended; None while it is called directly.
+    # The starts of the function that did not raise; None while it is called directly.
     open: set[object] | None = None
+    # Whose call this is, where starts are noted.
+    home: Any = None
 
     def derive(self, purpose: str) -> str:
         """A key for a call that this one makes: 32 hexadecimal digits, the same in every attempt, others for others."""
@@ -105,16 +107,22 @@ def once(
 ) -> Program:
     """One call. The answer is its outcome, or that of the call that the store remembers."""
     stored, who = hold.stored, hold.owner
-    reply: Any = yield Claim(stored, who, how.lease, fingerprint, label, how.in_doubt != "raise")
+    reply: Any = yield Claim(stored, who, how.lease, fingerprint, label)
     if type(reply) is not Acquired:
         reply = yield from _contend(how, form, store, env, hold, fingerprint, label, reply)
         if isinstance(reply, Outcome):
             yield reply
             return reply
     hold.fence, hold.attempt = reply.fence, reply.attempt
+    try:
+        keeper.begin(hold)
+    except Exception:
+        # No thread could be started, for instance. The function has not run.
+        keeper.end(hold)
+        yield from (_abandon if hold.attempt > 1 else _release)(how, env, hold, None)
+        raise
     hold.outer = outer = current.get()
     current.set(hold)
-    keeper.begin(hold)
     beating = False
     settled: Outcome | None = None
     outcome: Outcome
@@ -131,45 +139,44 @@ def once(
         # Closed by the garbage collector, it may end in another context: what is there is not its own.
         if current.get() is hold:
             current.set(outer)
-    if beating:
-        yield Settle(hold)
+    # A cancel that comes while a heartbeat is waited for counts as one that comes at the last word.
+    late: Any = (yield Settle(hold)) if beating else None
     error = outcome.error
+    if was_replayed.get() is not (settled is not None and error is None):
+        was_replayed.set(settled is not None and error is None)
     if settled is not None and error is not None:
-        cut = yield from _abandon(how, hold, error)
+        cut = yield from _abandon(how, env, hold, error, late)
         if cut is not None or not isinstance(error, Exception):
             return Outcome(None, cut or error)
         how.in_doubts += 1
         raise InDoubt(how.name, hold.key, hold.attempt, reason="asking how the earlier attempt ended failed") from error
     if error is None:
         if keeps is not None and not keeps(outcome.value):
-            cut = yield from _release(how, hold, None)
+            cut = yield from _release(how, env, hold, None, late)
             return outcome if cut is None else Outcome(None, cut)
         try:
             data = form.keep(outcome.value)
         except Exception as fault:
-            cut = yield from _abandon(how, hold, None)
+            cut = yield from _abandon(how, env, hold, None, late)
             if cut is not None:
                 return Outcome(None, cut)
             fault.add_note(
                 f"resilient: {how.name} ran, and what it returned cannot be kept: its key {hold.key!r} is in doubt"
             )
             raise
-        reply = yield Finish(stored, who, hold.fence, data, how.ttl)
+        reply = (yield Finish(stored, who, hold.fence, data, how.ttl)) if late is None else late
         if reply is not True:
             yield from _finish(how, env, hold, data, outcome, reply)
-        if was_replayed.get() is not (settled is not None):
-            was_replayed.set(settled is not None)
         yield outcome
         return outcome
-    was_replayed.set(False)
-    # A start that has not ended, or was cut off in the middle, may have had its effect.
+    # A start that did not raise may have had its effect: it runs on, was cut off, or returned what nobody got.
     unknown = not isinstance(error, Exception) if hold.open is None else bool(hold.open)
     if type(error) is _Turned:
         unknown = False
     if not unknown and isinstance(error, remember):
-        yield from _finish(how, env, hold, form.keep_error(error), outcome, None)
+        yield from _finish(how, env, hold, form.keep_error(error), outcome, late)
         return outcome
-    cut = yield from (_abandon if unknown else _release)(how, hold, error)
+    cut = yield from (_abandon if unknown else _release)(how, env, hold, error, late)
     return outcome if cut is None else Outcome(None, cut)
 
 
@@ -186,6 +193,8 @@ def _contend(
     stored, who, key = hold.stored, hold.owner, hold.key
     began: float | None = None
     tries = rounds = 0
+    maybe = take = False
+    was_replayed.set(False)
     while True:
         kind = cast(Any, type(reply))
         if kind is Acquired:
@@ -195,23 +204,34 @@ def _contend(
         if kind is Completed:
             return _replay(how, form, env, key, reply)
         if kind is Doubtful:
-            how.in_doubts += 1
-            raise InDoubt(how.name, key, reply.attempt)
+            if how.in_doubt == "raise":
+                how.in_doubts += 1
+                raise InDoubt(how.name, key, reply.attempt)
+            # Not at the first claim: who comes with other arguments is to be told so, and must not take it over.
+            take = True
+            reply = yield Claim(stored, who, how.lease, fingerprint, label, True, began is not None)
+            continue
+        # What may have been taken over stays in doubt; anything else can only be a claim under which nothing ran.
+        leave = (Abandon if take else Release)(stored, who, 0)
         if kind is Cut:
             # The claim may have been granted in that moment.
-            yield Last(Release(stored, who, 0))
+            yield Last(leave)
             return Outcome(None, reply.error)
         if kind is StoreError:
             # Claiming again is harmless, and tells whether the first claim got there.
             tries += 1
+            maybe = maybe or reply.maybe_written
             if reply.maybe_written and tries < 3:
                 awaited = began is not None
-                reply = yield Claim(stored, who, how.lease, fingerprint, label, how.in_doubt != "raise", awaited)
+                reply = yield Claim(stored, who, how.lease, fingerprint, label, take, awaited)
                 continue
-            if reply.maybe_written:
-                yield Release(stored, who, 0)
+            if maybe:
+                cut = yield leave
+                if type(cut) is Cut:
+                    yield Last(leave)
+                    return Outcome(None, cut.error)
             if how.on_store_error == "refuse":
-                raise reply
+                return Outcome(None, reply)
             return (yield from _unprotected(how, env, hold, reply))
         if began is None:
             began = env.clock.now()
@@ -223,7 +243,8 @@ def _contend(
         cut = yield Wait(stored, pause)
         if type(cut) is Cut:
             return Outcome(None, cut.error)
-        reply = yield Claim(stored, who, how.lease, fingerprint, label, how.in_doubt != "raise", True)
+        take = False
+        reply = yield Claim(stored, who, how.lease, fingerprint, label, take, True)
 
 
 def _patience(
@@ -269,57 +290,62 @@ def _replay(how: Tally, form: Form, env: Env, key: str, reply: Completed) -> Out
 
 def _unprotected(how: Tally, env: Env, hold: Hold, error: StoreError) -> Generator[Any, Any, Outcome]:
     """Run without a key, because the user said so for when the store fails."""
+    _bare(how, env, hold, error)
+    outcome: Outcome = yield RUN
+    return outcome
+
+
+def _bare(how: Tally, env: Env, hold: Hold, error: StoreError) -> None:
+    """Count a call without protection, and tell."""
     how.unprotected += 1
     if env.sinks:
         from resilient.events import Unprotected
 
         env.emit(Unprotected(how.name, hold.key, error))
-    was_replayed.set(False)
-    outcome: Outcome = yield RUN
-    return outcome
 
 
 # -- after the call --------------------------------------------------------------------------------------------------
 
 
 def _finish(how: Tally, env: Env, hold: Hold, data: bytes, outcome: Outcome, reply: Any) -> Generator[Any, Any, None]:
-    """Keep `data`, however often it takes; raise where it cannot be kept. `reply` is that to the first try, if any."""
+    """Keep `data`, however often it takes; else `outcome` becomes an error that says so. `reply`: what came already."""
     op = Finish(hold.stored, hold.owner, hold.fence, data, how.ttl)
     if reply is None:
         reply = yield op
     cut: BaseException | None = None
     # Within what is left of the lease at the worst, and a few seconds.
-    for tries in range(6):
+    tries = 6
+    while type(reply) is Cut or (type(reply) is StoreError and tries):
         if type(reply) is Cut:
-            cut = reply.error
-            reply = yield Last(op)
-        if type(reply) is not StoreError:
-            break
-        if cut is None:
-            nap = min(0.05 * 2**tries, how.lease / 12) * (0.5 + env.rng.random() / 2)
-            paused = yield Sleep(nap)
-            if type(paused) is Cut:
-                cut = paused.error
+            cut, tries = reply.error, min(tries, 2)
+        else:
+            if cut is None:
+                paused = yield Sleep(min(0.05 * 2 ** (6 - tries), how.lease / 12) * (0.5 + env.rng.random() / 2))
+                cut = paused.error if type(paused) is Cut else None
+            tries -= 1
         reply = yield (op if cut is None else Last(op))
-    error = outcome.error
-    if reply is True:
-        if cut is not None:
-            outcome.value, outcome.error = None, cut
-        return
-    if type(reply) is StoreError:
-        if how.on_store_error == "run":
-            how.unprotected += 1
-            return
-        fault: Exception = reply
-        reply.result = ... if error is not None else outcome.value
-        fault.add_note(
-            f"resilient: {how.name} ran; how it ended could not be stored, and its key {hold.key!r} is in doubt"
-        )
-    else:
+    error, text = outcome.error, ""
+    fault: Exception | None = None
+    result: object = ... if error is not None else outcome.value
+    if type(reply) is StoreError and how.on_store_error == "run":
+        _bare(how, env, hold, reply)
+    elif type(reply) is StoreError:
+        text = f"resilient: {how.name} ran; how it ended could not be stored, and its key {hold.key!r} is in doubt"
+        fault = reply
+        reply.result = result
+        reply.add_note(text)
+    elif reply is not True:
         _lost(how, env, hold)
-        reason = "its lease was over while it ran, and the key is another's: what it returned is not stored"
-        fault = InDoubt(how.name, hold.key, hold.attempt, ... if error is not None else outcome.value, reason)
-    raise fault from (error if cut is None else cut)
+        text = "its lease was over while it ran, and the key is another's: what it returned is not stored"
+        fault = InDoubt(how.name, hold.key, hold.attempt, result, text)
+    if cut is not None:
+        # Who is cancelled stays so, whatever became of the result.
+        outcome.value, outcome.error = None, cut
+        if fault is not None:
+            cut.add_note(text)
+    elif fault is not None:
+        fault.__cause__ = error
+        outcome.value, outcome.error = None, fault
 
 
 def _lost(how: Tally, env: Env, hold: Hold) -> None:
@@ -337,30 +363,37 @@ def lost(how: Tally, env: Env, hold: Hold) -> None:
         env.emit(LeaseLost(how.name, hold.key, hold.attempt))
 
 
-def _release(how: Tally, hold: Hold, error: BaseException | None) -> Generator[Any, Any, BaseException | None]:
-    return _insist(how, hold, error, Release(hold.stored, hold.owner, hold.fence))
+def _release(
+    how: Tally, env: Env, hold: Hold, error: BaseException | None, late: Cut | None = None
+) -> Generator[Any, Any, BaseException | None]:
+    return _insist(how, env, hold, error, Release(hold.stored, hold.owner, hold.fence), late)
 
 
-def _abandon(how: Tally, hold: Hold, error: BaseException | None) -> Generator[Any, Any, BaseException | None]:
-    return _insist(how, hold, error, Abandon(hold.stored, hold.owner, hold.fence))
+def _abandon(
+    how: Tally, env: Env, hold: Hold, error: BaseException | None, late: Cut | None = None
+) -> Generator[Any, Any, BaseException | None]:
+    return _insist(how, env, hold, error, Abandon(hold.stored, hold.owner, hold.fence), late)
 
 
 def _insist(
-    how: Tally, hold: Hold, error: BaseException | None, op: Release | Abandon
+    how: Tally, env: Env, hold: Hold, error: BaseException | None, op: Release | Abandon, late: Cut | None
 ) -> Generator[Any, Any, BaseException | None]:
-    """Say the last word on a key; the cancel that arrived meanwhile, if any. `error` is what the caller gets.
+    """Say the last word on a key; the cancel that arrived meanwhile (or before: `late`), if any.
 
-    If the store does not take it, the key is in doubt when its lease ends.
+    `error` is what the caller gets. If the store does not take it, the key is in doubt when its lease ends.
     """
-    last = error is not None and not isinstance(error, Exception)
-    cut: BaseException | None = None
+    cut = None if late is None else late.error
+    last = cut is not None or (error is not None and not isinstance(error, Exception))
     reply: Any = None
-    for _ in range(3):
+    for tries in range(3):
         reply = yield (Last(op) if last else op)
         if type(reply) is Cut:
             cut, last = reply.error, True
         elif type(reply) is not StoreError:
-            break
+            # (A repeated one may find that the first got there.)
+            if reply is False and not tries:
+                _lost(how, env, hold)
+            return cut
     if error is not None and type(reply) is StoreError:
         error.add_note(
             f"resilient: {how.name}: the store was not told ({reply}): the key {hold.key!r} will be in doubt"

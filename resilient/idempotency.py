@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from resilient._binding import Fingerprint, Key, Scope, binder, check_settings, digest
 from resilient._codec import Codec, Form, Json, form_of
 from resilient._drive import Program, adrive, drive
-from resilient._guard import kind_of
+from resilient._guard import faces, kind_of
 from resilient._keeper import TaskKeeper, ThreadKeeper, new_owner
 from resilient._once import RERUN, Hold, Tally, current, lost, once, was_replayed
 from resilient.errors import StoreError
@@ -136,12 +136,12 @@ class Idempotent(Policy):
         return self._store
 
     @property
-    def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def name(self) -> str | None:
         """The name in events and messages: that given, or the function's."""
         return None if self._how.name == "idempotent" else self._how.name
 
     @name.setter
-    def name(self, name: str | None) -> None:
+    def name(self, name: str | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._how.name = name or "idempotent"
 
     ttl = property(lambda self: self._how.ttl, doc="Seconds for which a result is kept.")
@@ -263,41 +263,41 @@ class Fitted:
         return idempotent
 
     def mark(self, call: Call, kind: str) -> Call:
-        """The innermost shell where other policies stand in between: notes which starts of the function have ended."""
+        """The innermost shell where other policies stand in between: notes which starts did not raise."""
         self._marked = True
         if kind == "sync":
 
             def started(*args: Any, **kwargs: Any) -> Any:
-                hold = current.get()
-                if hold is None or hold.open is None:
-                    return call(*args, **kwargs)
                 start = object()
-                hold.open.add(start)
+                starts = self._starts()
+                starts.add(start)
                 try:
-                    value = call(*args, **kwargs)
+                    return call(*args, **kwargs)
                 except Exception:
-                    hold.open.discard(start)
+                    starts.discard(start)
                     raise
-                hold.open.discard(start)
-                return value
 
             return started
 
         async def astarted(*args: Any, **kwargs: Any) -> Any:
-            hold = current.get()
-            if hold is None or hold.open is None:
-                return await call(*args, **kwargs)
             start = object()
-            hold.open.add(start)
+            starts = self._starts()
+            starts.add(start)
             try:
-                value = await call(*args, **kwargs)
+                return await call(*args, **kwargs)
             except Exception:
-                hold.open.discard(start)
+                starts.discard(start)
                 raise
-            hold.open.discard(start)
-            return value
 
         return astarted
+
+    def _starts(self) -> set[object]:
+        """Where the starts of the call that runs here are noted."""
+        hold = current.get()
+        # Not those of a call around it, should this one run without protection.
+        while hold is not None and hold.home is not self:
+            hold = hold.outer
+        return set() if hold is None or hold.open is None else hold.open
 
     def _on_lost(self, env: Env) -> Callable[[Any], object]:
         how = self._policy._how
@@ -319,7 +319,7 @@ class Fitted:
                 form = _late(policy, self._target)
             hold = Hold(key, stored, new_owner())
             if marked:
-                hold.open = set()
+                hold.open, hold.home = set(), self
             return once(how, form, remember, None, store, keeper, env, hold, print_, label)
 
         return begin
@@ -348,9 +348,9 @@ def Hasher(function: str) -> Callable[[str, str], tuple[str, str]]:  # noqa: N80
 
 def identity(target: Any) -> str:
     """The name by which the store knows a function: module and qualified name."""
-    while hasattr(target, "func") and not hasattr(target, "__qualname__"):
-        target = target.func
-    named: Any = target if hasattr(target, "__qualname__") else target.__class__
+    named = faces(target)[0]
+    if not isinstance(getattr(named, "__qualname__", None), str):
+        named = named.__class__
     return f"{named.__module__}:{named.__qualname__}"
 
 
