@@ -137,7 +137,8 @@ class Upsert(MemoryStore):
 
     def _finish(self, op: Finish, now: float) -> bool:
         if op.key not in self._rows:
-            self._rows[op.key] = _Row(Claim(op.key, op.owner, 1.0), now, 1, op.fence)
+            self._claim(Claim(op.key, op.owner, 1.0), now)
+            self._rows[op.key].fence = op.fence
         return super()._finish(op, now)
 
 
@@ -158,7 +159,8 @@ class GetThenSet(MemoryStore):
             self.barrier.wait()
             if seen is None:
                 with self._lock:
-                    return self._take_locked(op, self.clock.at(), None, 1)
+                    self._rows.pop(op.key, None)
+                    return self._claim(op, self.clock.at())
         return super().execute(op)
 
 
@@ -174,7 +176,8 @@ class GetThenTakeOver(MemoryStore):
             assert seen is not None
             self.barrier.wait()
             with self._lock:
-                return self._take_locked(op, self.clock.at(), self._rows[op.key], seen.attempt + 1)
+                self._rows[op.key].attempt, self._rows[op.key].mark = seen.attempt, 0.0
+                return self._claim(op, self.clock.at())
         return super().execute(op)
 
 
@@ -231,29 +234,38 @@ class DoubtForgets(MemoryStore):
 
 @fails("take_over_begins_the_next_attempt", "a_result_of_a_later_attempt_says_so", "abandon_puts_the_key_in_doubt")
 class AttemptStays(MemoryStore):
-    def _take_locked(self, op: Claim, now: float, row: _Row | None, attempt: int) -> Acquired:
-        return super()._take_locked(op, now, row, 1)
+    def _claim(self, op: Claim, now: float) -> Claimed:
+        answer = super()._claim(op, now)
+        if not isinstance(answer, Acquired):
+            return answer
+        self._rows[op.key].attempt = 1
+        return Acquired(answer.fence, 1)
 
 
 @fails("take_over_begins_the_next_attempt", "a_late_owner_changes_nothing_after_a_takeover")
 class TakeOverKeepsTheRecord(MemoryStore):
     """The new owner is told that it has the key, and the record says nothing of it."""
 
-    def _take_locked(self, op: Claim, now: float, row: _Row | None, attempt: int) -> Acquired:
-        if row is None or row.result is not None:
-            return super()._take_locked(op, now, row, attempt)
-        row.attempt, row.fence, row.mark = attempt, row.fence + 1, now + op.lease
-        return Acquired(row.fence, attempt)
+    def _claim(self, op: Claim, now: float) -> Claimed:
+        row = self._rows.get(op.key)
+        if row is None or row.result is not None or row.mark > now or not op.take_over:
+            return super()._claim(op, now)
+        row.attempt, row.fence, row.mark = row.attempt + 1, row.fence + 1, now + op.lease
+        return Acquired(row.fence, row.attempt)
 
 
 @fails(
     "release_forgets_the_key", "fences_grow_whatever_removed_the_record", "a_result_is_forgotten_when_its_time_is_over"
 )
 class FenceRestarts(MemoryStore):
-    def _take_locked(self, op: Claim, now: float, row: _Row | None, attempt: int) -> Acquired:
-        fence = 1 if row is None or row.result is not None else row.fence + 1
-        self._rows[op.key] = _Row(op, now, attempt, fence)
-        return Acquired(fence, attempt)
+    def _claim(self, op: Claim, now: float) -> Claimed:
+        before = self._rows.get(op.key)
+        answer = super()._claim(op, now)
+        row = self._rows[op.key]
+        if not isinstance(answer, Acquired) or row is before:
+            return answer
+        row.fence = row.attempt
+        return Acquired(row.fence, row.attempt)
 
 
 @fails("take_over_repeated_is_harmless", "the_owner_may_claim_again")
