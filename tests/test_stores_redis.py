@@ -135,6 +135,9 @@ def test_by_a_client_it_serves_what_the_client_does(redis_url: str) -> None:
         assert hasattr(store, "execute")
         assert hasattr(store, "watch")
         assert not hasattr(store, "aexecute")
+        assert repr(store) == "RedisStore(<redis.client.Redis>, prefix='resilient:')"
+        asyncio.run(store.aclose())
+        assert plain.ping()  # the client is its owner's
     store = RedisStore(tasks)
     assert isinstance(store, RedisStore)
     assert hasattr(store, "aexecute")
@@ -197,6 +200,14 @@ def test_what_is_no_client_is_an_error() -> None:
             RedisStore(thing)
     with pytest.raises(TypeError, match="prefix must be a string"):
         RedisStore("redis://h", prefix=b"x")  # type: ignore[arg-type]
+
+
+def test_it_is_not_for_deriving_from() -> None:
+    class Mine(RedisStore):
+        pass
+
+    with pytest.raises(TypeError, match="wrap it instead"):
+        Mine("redis://h")
 
 
 @pytest.mark.parametrize("module", [redis, redis.asyncio])

@@ -395,19 +395,21 @@ def test_an_interrupt_passes_and_its_connection_is_closed(proxy: FaultProxy) -> 
 
     class Interrupted(kind):  # type: ignore[misc, valid-type]
         when = ""
+        up = False
 
         def connect(self) -> None:
             if self.when == "connect":
                 raise KeyboardInterrupt
             super().connect()
+            self.up = True
 
         def read_response(self, *args: Any, **kwargs: Any) -> Any:
-            if self.when == "read":
+            if self.when == "greeting" or (self.when == "answer" and self.up):
                 raise KeyboardInterrupt
             return super().read_response(*args, **kwargs)
 
     port._kind = Interrupted
-    for when in ("connect", "read"):
+    for when in ("connect", "greeting", "answer"):
         Interrupted.when = when
         with pytest.raises(KeyboardInterrupt):
             store.execute(Claim("k", "o", 30.0))
@@ -690,6 +692,38 @@ def test_closing_wakes_who_waits(listening: RedisStore) -> None:
     watch.park(CLOCK, 20)
     assert rings(watch, listening.close)
     watch.close()
+
+
+def test_a_message_that_is_no_key_wakes_nobody_and_ends_nothing(listening: RedisStore, beside: Any) -> None:
+    watch = listening.watch("k", task=False)
+    watch.park(CLOCK, 20)
+    for junk in (b"", b"\xff" * 100, b"\xff"):
+        beside.publish(f"{listening.prefix}wake", junk)
+    assert rings(watch, lambda: beside.publish(f"{listening.prefix}wake", f"{listening.prefix}k"))
+    watch.close()
+
+
+def test_after_a_fork_nothing_of_the_parent_is_used(listening: RedisStore, proxy: FaultProxy) -> None:
+    # What `os.fork` calls in the child; a real child is in test_stores_redis.py.
+    listening.execute(Claim("k", "o", 30.0))
+    watch = listening.watch("k", task=False)
+    watch.park(CLOCK, 20)
+    port: Any = listening._port  # type: ignore[attr-defined]
+    listener: Any = listening._listener  # type: ignore[attr-defined]
+    (conn,) = port._free
+    stop = listener._stop
+    _redis_wire._forked()
+    _redis_bells._forked()
+    assert port._free == []
+    assert listener._thread is None
+    assert conn.is_connected
+    record = listening.execute(Read("k"))
+    assert record is not None
+    conn.disconnect()
+    stop.set()
+    until(lambda: threads() == 0)
+    watch.close()
+    del _redis_wire._parents[:]
 
 
 # -- clusters ----------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from resilient.stores._watch import Bells, Watch
 
 __all__ = ["Listener"]
 
-_LOOK = 0.5
+_LOOK = 0.2
 """Seconds between two looks at whether anybody watches still."""
-_IDLE = 20
+_IDLE = 50
 """How often nobody may have watched before the thread ends."""
 
 
@@ -87,11 +87,11 @@ class Listener:
             return True
 
     def _ring(self, message: Any) -> None:
-        if message["type"] == "subscribe":
-            self._bells.ring_all()
-        elif message["type"] == "message":
+        if message["type"] == "message":
             key = message["data"][len(self._prefix) :]
             self._bells.ring(key.decode("utf-8", "surrogatepass"))
+        else:
+            self._bells.ring_all()  # subscribed, perhaps not for the first time
 
 
 _listeners: weakref.WeakSet[Listener] = weakref.WeakSet()

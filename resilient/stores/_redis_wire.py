@@ -179,11 +179,12 @@ class Pool:
         return conn
 
     def _drop(self) -> None:
-        while self._free:
+        while True:
             try:
-                self._free.pop().disconnect()
-            except IndexError:
-                return  # another thread was faster
+                conn = self._free.pop()
+            except IndexError:  # perhaps another thread was faster
+                return
+            conn.disconnect()
 
     def close(self) -> None:
         """Close what is free now; what is in use, when it is done."""

@@ -52,7 +52,7 @@ class RedisStore:
 
     def __new__(cls, where: Any, *, prefix: str = "resilient:", timeout: float = 5.0) -> RedisStore:
         if cls is not RedisStore:
-            return super().__new__(cls)
+            raise TypeError("RedisStore is made for what it is given: wrap it instead of deriving from it")
         kind: Any = _UrlStore if isinstance(where, str) else _TaskStore if _is_async(where) else _ThreadStore
         made: RedisStore = object.__new__(kind)
         return made
@@ -99,7 +99,7 @@ class RedisStore:
         def watch(self, key: str, *, task: bool) -> Watch: ...
 
     def _open(self, where: Any) -> None:
-        raise NotImplementedError
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """Close the connections that threads used, and stop waking waiters. Operations after this open new ones."""
@@ -120,8 +120,10 @@ class RedisStore:
             raise ValueError(f"after must come from a page of this store, not {op.after!r}")
         cursor = int(cursor_text)
         found: dict[str, Record] = {}
+        count = max(10, min(op.limit, 1000))
         while True:
-            cursor, keys = yield "scan", (node, cursor, self._match, max(1, min(op.limit, 1000)))
+            cursor, keys = yield "scan", (node, cursor, self._match, count)
+            count = min(2 * count, 1000)  # the fewer there are among others' keys, the faster it goes through those
             for data in keys:
                 reply = yield "try", read_one(data, op.text)
                 try:
