@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.budgets import BUDGETS, Budget
 from benchmarks.cases import GROUPS, every_case, select
+from benchmarks.durable import BACKENDS
 from benchmarks.figures import Figures, Row
 from benchmarks.measures import Job, matches
 
@@ -94,6 +95,10 @@ def _jobs(quick: bool, rounds: int | None, only: str) -> Iterator[Job]:
             yield replace(base, suite="memory", mode="async", rounds=1)
             yield replace(base, suite="threads", rounds=max(1, rounds // 8))
             yield replace(base, suite="tasks", rounds=rounds // 2)
+            for mode in ("sync", "async"):
+                for group in ("library", *BACKENDS, "group commit"):
+                    yield replace(base, suite="durable", mode=mode, group=group, rounds=max(1, rounds // 2))
+            yield replace(base, suite="durable", mode="sync", group="powertools", rounds=max(1, rounds // 2))
 
 
 def _run(job: Job) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class Budget:
     @property
     def job(self) -> tuple[str, str, str]:
         """The job that measures it."""
-        if self.suite == "calls":
+        if self.suite in ("calls", "durable"):
             return self.suite, self.mode, self.group
         return self.suite, self.mode if self.suite in ("failure", "rejection", "memory") else "", ""
 
@@ -75,7 +76,26 @@ def _calls(says: str, group: str, bound: float, name: str = OURS) -> Budget:
     return Budget(says, "calls", "sync", group, name, "closures", bound, "closure calls")
 
 
+def _durable() -> Iterator[Budget]:
+    for mode in ("sync", "async"):
+        words = "plain" if mode == "sync" else "coroutine"
+        for backend in ("redis", "postgres", "sqlite full", "sqlite normal"):
+            bound = 1.5 if backend == "sqlite normal" else 1.25
+            for crowded in (1, 16, 64):
+                name = f"first call, {crowded} in flight"
+                yield Budget(f"{backend}, {words}: {name}", "durable", mode, backend, name, "ratio", bound, "x raw")
+            name = "replay over a claim" if backend.startswith("sqlite") else "replay, 1 in flight"
+            yield Budget(f"{backend}, {words}: {name}", "durable", mode, backend, name, "ratio", 1.25, "x raw")
+        says = f"idempotent, {words}: library's share of a first call"
+        yield Budget(says, "durable", mode, "library", "first call", "us", 15.0, "µs")
+        says = f"16 callers over one, SQLite full, {words}"
+        yield Budget(says, "durable", mode, "group commit", "16 callers over one", "times", 3.0, "times", "at least")
+    says = "idempotent, memory store, plain"
+    yield Budget(says, "durable", "sync", "memory", "first call", "us", 6.0, "µs")
+
+
 BUDGETS = (
+    *_durable(),
     _calls("retry", "retry", 1.5),
     _calls("breaker, by rate", "breaker", 2.0),
     _calls("breaker, consecutive", "breaker", 2.0, f"{OURS} (consecutive)"),

@@ -93,6 +93,18 @@ class Figures:
         made["speedup"] = round(max(series["8"]) / max(series["1"]), 2)
         return made
 
+    def ratios(self, row: Row, series: dict[str, list[float]]) -> Row:
+        """Microseconds of a call, by medians (alone: the minimum), and the median of the rounds' ratios to the raw."""
+        us, raw, one = series["us"], series.get("raw_us"), series.get("one_us")
+        made: Row = {"us": round(min(us) if raw is None and one is None else statistics.median(us), 2)}
+        if raw is not None:
+            made["raw_us"] = round(statistics.median(raw), 2)
+            made["ratio"] = round(statistics.median(a / b for a, b in zip(us, raw, strict=True)), 3)
+        if one is not None:
+            made["one_us"] = round(statistics.median(one), 2)
+            made["times"] = round(statistics.median(b / a for a, b in zip(us, one, strict=True)), 2)
+        return made
+
 
 def _bytes(figures: Figures, row: Row, series: dict[str, list[float]]) -> Row:
     return {"bytes": round(min(series["bytes"]))}
@@ -107,4 +119,5 @@ _FIGURES: dict[str, Any] = {
     "tasks": Figures.milliseconds,
     "threads": Figures.rates,
     "memory": _bytes,
+    "durable": Figures.ratios,
 }

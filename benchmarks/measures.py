@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import durable, harness
 from benchmarks.cases import GROUPS, OURS, Case, Options, every_case
 from benchmarks.checks import check
 from benchmarks.harness import interleave, plain
@@ -74,6 +74,8 @@ def matches(job: Job) -> bool:
     if not job.only:
         return True
     pattern = re.compile(job.only)
+    if job.suite == "durable":
+        return durable.wanted(job)
     if job.suite == "imports":
         return any(pattern.search(f"imports///{name}") for name in _STATEMENTS)
     modes = (job.mode,) if job.mode else ("sync", "async")
@@ -559,4 +561,5 @@ _SUITES: dict[str, Callable[[Job], list[Row]]] = {
     "memory": _memory,
     "threads": _threads,
     "tasks": _tasks,
+    "durable": durable.measure,
 }

@@ -134,6 +134,13 @@ _COLUMNS: dict[str, list[Column]] = {
         ),
         ("8 over 1", _get("speedup", "{:.1f}")),
     ],
+    "durable": [
+        ("µs", _get("us", "{:,.1f}")),
+        ("raw µs", _get("raw_us", "{:,.1f}")),
+        ("ours / raw", _get("ratio", "{:.2f}")),
+        ("alone µs", _get("one_us", "{:,.1f}")),
+        ("times", _get("times", "{:.1f}")),
+    ],
     "tasks": [
         ("min ms", _get("ms", "{:,.1f}")),
         ("median ms", _get("median_ms", "{:,.1f}")),
@@ -151,6 +158,7 @@ _TITLES = {
     "memory": "Bytes that each guarded function holds",
     "threads": "Calls a second through one guard around a sleep of 1 ms",
     "tasks": "Many tasks at once through one guard",
+    "durable": "Idempotent calls beside the bare driver",
 }
 
 
