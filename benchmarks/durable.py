@@ -212,7 +212,7 @@ READY = "order-ready"
 
 
 def _plan(first: Any, replay: Any, claim: Any) -> Iterator[tuple[str, Any, str | None, str | None, int]]:
-    """What is measured: its name, the raw calls beside it, the key for ours and for theirs (None: new ones), how many."""
+    """What is measured: its name, the raw call beside it, the key for ours and theirs (None: new ones), how many."""
     for crowded in IN_FLIGHT:
         yield "first call", first, None, None, crowded
     for crowded in IN_FLIGHT:

@@ -1,8 +1,8 @@
 """What a careful person writes with the bare driver: claim a key by one statement, store its result by another.
 
 Each class speaks to one backend and has `first(key)`, the two round trips, `replay(key)`, the one that finds the
-result, and `claim(key)`, the first of the two alone. Async twins begin with an `a`. Tables have the columns and indexes that
-ours have, durability is the same, connections are pooled as their makers advise.
+result, and `claim(key)`, the first of the two alone. Async twins begin with an `a`. Tables have the columns and indexes
+that ours have, durability is the same, connections are pooled as their makers advise.
 """
 
 from __future__ import annotations
