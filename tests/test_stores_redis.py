@@ -158,6 +158,14 @@ def test_a_url_may_have_options(scheme: str, redis_url: str, raw: Any) -> None:
     store.close()
 
 
+def test_the_limit_of_a_socket_in_the_url_is_the_limit_of_an_operation() -> None:
+    for url, seconds in (("redis://h?socket_timeout=3", 3.0), ("redis://h?timeout=2", 2.0), ("redis://h", 5.0)):
+        made: Any = RedisStore(url)
+        assert (made._port._timeout, made._tasks._timeout) == (seconds, seconds)
+        assert made._port._options["socket_timeout"] == seconds
+        assert made._tasks._options["socket_timeout"] is None
+
+
 def test_a_unix_socket_will_do(raw: Any) -> None:
     path = raw.config_get("unixsocket")["unixsocket"]
     store = RedisStore.from_url(f"unix://{path}?prefix={prefix()}")

@@ -694,12 +694,15 @@ def test_closing_wakes_who_waits(listening: RedisStore) -> None:
     watch.close()
 
 
-def test_a_message_that_is_no_key_wakes_nobody_and_ends_nothing(listening: RedisStore, beside: Any) -> None:
+def test_a_message_that_is_no_key_wakes_nobody_and_ends_nothing(
+    listening: RedisStore, beside: Any, proxy: FaultProxy
+) -> None:
     watch = listening.watch("k", task=False)
     watch.park(CLOCK, 20)
     for junk in (b"", b"\xff" * 100, b"\xff"):
         beside.publish(f"{listening.prefix}wake", junk)
     assert rings(watch, lambda: beside.publish(f"{listening.prefix}wake", f"{listening.prefix}k"))
+    assert sum(b"SUBSCRIBE" in chunk for chunk in proxy.seen) == 1
     watch.close()
 
 

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from resilient.stores._watch import Bells, Watch
@@ -89,7 +90,8 @@ class Listener:
     def _ring(self, message: Any) -> None:
         if message["type"] == "message":
             key = message["data"][len(self._prefix) :]
-            self._bells.ring(key.decode("utf-8", "surrogatepass"))
+            with suppress(UnicodeDecodeError):  # anybody may publish anything
+                self._bells.ring(key.decode("utf-8", "surrogatepass"))
         else:
             self._bells.ring_all()  # subscribed, perhaps not for the first time
 

@@ -58,6 +58,9 @@ class RedisStore:
         return made
 
     def __init__(self, where: Any, *, prefix: str = "resilient:", timeout: float = 5.0) -> None:
+        if isinstance(where, str):
+            where, options = _split(where)
+            prefix, timeout = options.get("prefix", prefix), _number("timeout", options.get("timeout", timeout))
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a string, not {prefix!r}")
         if not prefix or not prefix.isprintable():
@@ -78,17 +81,7 @@ class RedisStore:
         Options in the query: `prefix`, `timeout`, `max_connections` (100: of a process's threads together, and of each
         event loop), and all that redis-py takes there, such as `db`, `socket_keepalive` or `ssl_ca_certs`.
         """
-        base, _, query = url.partition("?")
-        ours: dict[str, Any] = {}
-        rest: list[tuple[str, str]] = []
-        for name, value in parse_qsl(query, keep_blank_values=True):
-            if name == "prefix":
-                ours[name] = value
-            elif name == "timeout":
-                ours[name] = _number(name, value)
-            else:
-                rest.append((name, value))
-        return cls(f"{base}?{urlencode(rest)}" if rest else base, **ours)
+        return cls(url)
 
     if TYPE_CHECKING:
 
@@ -269,10 +262,11 @@ class _UrlStore(_Threads, _Tasks):
         most = int(dict(parse_qsl(parts.query)).get("max_connections", 100))
         if most < 1:
             raise ValueError(f"max_connections must be at least 1, not {most}")
-        self._port = Pool(threads.connection_class, threads.connection_kwargs, most, self._timeout)
         # One limit for the whole of an operation instead of one for each of its parts: that is cheaper.
+        seconds = tasks.connection_kwargs["socket_timeout"] or self._timeout
         kwargs = {**tasks.connection_kwargs, "socket_timeout": None}
-        self._tasks = Loops(tasks.connection_class, kwargs, most, self._timeout)
+        self._port = Pool(threads.connection_class, threads.connection_kwargs, most, seconds)
+        self._tasks = Loops(tasks.connection_class, kwargs, most, seconds)
         self._listener = Listener(lambda: redis.Redis(connection_pool=threads), self._channel, self._prefix)
         host = parts.hostname or ""
         self._at = f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
@@ -321,7 +315,20 @@ def _pass_over(error: StoreError) -> None:
         raise error
 
 
-def _number(name: str, value: str) -> float:
+def _split(url: str) -> tuple[str, dict[str, str]]:
+    """A URL without the options that are the store's own, and these."""
+    base, _, query = url.partition("?")
+    ours: dict[str, str] = {}
+    rest: list[tuple[str, str]] = []
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name in ("prefix", "timeout"):
+            ours[name] = value
+        else:
+            rest.append((name, value))
+    return f"{base}?{urlencode(rest)}" if rest else base, ours
+
+
+def _number(name: str, value: str | float) -> float:
     try:
         return float(value)
     except ValueError:
