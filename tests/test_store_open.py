@@ -68,6 +68,22 @@ def test_the_same_url_shares_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _open.shared("memory:") is not _open.shared("memory://")
 
 
+def test_shared_stores_are_closed_and_forgotten_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    class Closed(MemoryStore):
+        def close(self) -> None:
+            closed.append("closed")
+
+    monkeypatch.setattr(_open, "_shared", {})
+    monkeypatch.setattr(MemoryStore, "from_url", lambda url: Closed())
+    first = _open.shared("memory://")
+    _open.shared("memory:")
+    _open.forget_shared()
+    assert closed == ["closed", "closed"]
+    assert _open.shared("memory://") is not first
+
+
 def test_every_scheme_leads_to_a_store_that_is_exported() -> None:
     for module, name in _open._BUILT_IN.values():
         assert stores._HOME[name] == module.removeprefix("resilient.stores.")
