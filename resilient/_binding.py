@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
+from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeAlias, cast
 from uuid import UUID
@@ -110,6 +111,11 @@ Bound: TypeAlias = Callable[[Any, Any], "tuple[str, str, str]"]
 
 def binder(target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerprint, scope: Scope) -> Bound:
     """Compile the way from a call of `target` (called `name` in errors) to its scope, key and fingerprint."""
+    # What a partial brings along are arguments like others: they tell calls apart, and may be the key.
+    brought: list[Any] = []
+    while isinstance(target, partial):
+        brought.append(target)
+        target = brought[-1].func
     signature = _signature(target)
     by_name: list[str] = [] if callable(key) else [key] if isinstance(key, str) else list(key)
     chosen: list[str] | None = None
@@ -132,6 +138,8 @@ def binder(target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerp
                     raise TypeError(f"key={one!r}: this parameter of {name} takes any number of arguments")
         rest = _rest(signature, by_name) if chosen is None else chosen
         both = _compiled(signature, name, by_name, rest)
+    for one in reversed(brought):
+        both = partial(both, *one.args, **one.keywords)
     encode = fingerprint_encoder()
     find_key = key if callable(key) else None
     find_print = fingerprint if callable(fingerprint) else None
