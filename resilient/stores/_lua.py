@@ -36,9 +36,8 @@ _CAP = 100 * 365.25 * 86_400
 
 # Fields: v layout, f fence, a attempt, m mark (end of the lease, or instant of the result), o owner, p fingerprint,
 # l label, b began, r result, x instant when the result is forgotten, w somebody waits. Nothing is written before all
-# of it is found to be in order. (Redis 4 replicates scripts as they are, unless told to replicate what they did.)
+# of it is found to be in order. Replicas get what was done, not the script, as they do by default since Redis 5.
 _HEAD = """\
-if redis.replicate_commands then redis.replicate_commands() end
 local k,t=KEYS[1],redis.call('TIME')
 local now=t[1]*1000000+t[2]
 local r=redis.call('HMGET',k,'v','f','a','m','o','p','r','x','w')
