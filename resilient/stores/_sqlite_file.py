@@ -76,11 +76,11 @@ class File:
         write = self.write
         if write is None:
             with self._opening:
-                if self.writer is None:
-                    self.writer = self._open_writer()
-                    self.write = self.writer.cursor().execute
                 write = self.write
-                assert write is not None
+                if write is None:
+                    if self.writer is None:
+                        self.writer = self._open_writer()
+                    write = self.write = self.writer.cursor().execute
         return write
 
     def peek(self, op: AnyOp) -> Any:

@@ -12,17 +12,19 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from resilient.clock import SystemClock
 from resilient.stores._sqlite_file import copy, wrapped
+from resilient.stores._sqlite_jobs import Helper, Job, TaskJob, hand_out, ring
 
 if TYPE_CHECKING:
     from resilient.stores._ops import AnyOp
     from resilient.stores._sqlite_file import File
 
-__all__ = ["Group", "Job", "TaskJob"]
+__all__ = ["Group"]
 
 # Why an interrupt (a signal handler that raises, an asynchronous exception) loses nothing: what a leader has done is
 # written down by statements without a call (`_stage`, `done`), between which none can come; `_leave` reads it.
@@ -30,41 +32,6 @@ _IDLE, _BEGUN, _COMMITTING, _FAILED = range(4)
 
 _PATIENCE = 5.0  # seconds that a fork waits for what is running
 _clock = SystemClock()
-
-
-class Job:
-    """An operation of a thread. It is rung when it is done, or to lead. `op` None: close the file."""
-
-    __slots__ = ("answer", "bell", "done", "error", "op")
-
-    def __init__(self, op: AnyOp | None) -> None:
-        self.op: Any = op
-        self.answer: Any = ...
-        self.error: Exception | None = None
-        self.done = False
-        self.bell = threading.Lock()
-        self.bell.acquire()
-
-    def outcome(self) -> Any:
-        """The answer, or the error raised."""
-        if self.error is not None:
-            raise self.error
-        return self.answer
-
-
-class TaskJob(Job):
-    """An operation of a task. `send` runs a function in the task's loop, from any thread; `wake` resumes the task."""
-
-    __slots__ = ("looked", "send", "wake")
-
-    def __init__(self, op: AnyOp, send: Callable[..., object], wake: Callable[[], object]) -> None:
-        self.op = op
-        self.answer = ...
-        self.error = None
-        self.done = False
-        self.looked = False  # whether it had to write, when it was looked at
-        self.send = send
-        self.wake = wake
 
 
 _TASKS: Final = Job(None)  # leads: the thread that works for tasks
@@ -90,8 +57,8 @@ class Group:
         self._batch: Sequence[Job] = ()
         self._current: Sequence[Job] = ()
         self._stage = _IDLE
-        self._writer: _Helper | None = None
-        self._looker: _Helper | None = None
+        self._writer: Helper | None = None
+        self._looker: Helper | None = None
 
     def run(self, job: Job) -> Any:
         """Run a job of this thread, alone or with those of others, and answer."""
@@ -146,11 +113,11 @@ class Group:
 
     def _lead(self) -> None:
         queue = self._queue
-        batch: list[Job] = []
         with self._mutex:
-            self._batch = batch
-            while queue and queue[0].op is not None:
-                batch.append(queue.popleft())
+            # Listed first, then removed: an interrupt in between finds a job here, there, or in both.
+            batch = self._batch = list(takewhile(_runs, queue))
+            for _ in batch:
+                queue.popleft()
         self._work(batch)
         self._pass_on()
 
@@ -178,7 +145,7 @@ class Group:
         if leader is _TASKS:
             self._help()
         elif leader is not None:
-            _ring(leader.bell)
+            ring(leader.bell)
 
     def _work(self, batch: Sequence[Job]) -> None:
         try:
@@ -186,7 +153,7 @@ class Group:
         except Exception as error:
             for job in batch:
                 job.error = copy(error)
-            _hand_out(batch)
+            hand_out(batch)
             return
         if len(batch) > 1 or isinstance(batch[0], TaskJob):
             batch = self._look(self._file.peek, batch)
@@ -208,7 +175,7 @@ class Group:
                     seen.append(job)
                     continue
             rest.append(job)
-        _hand_out(seen)
+        hand_out(seen)
         return rest
 
     def _commit(self, jobs: Sequence[Job]) -> None:
@@ -256,7 +223,7 @@ class Group:
         self._settled(jobs)
 
     def _settled(self, jobs: Sequence[Job]) -> None:
-        _hand_out(jobs)
+        hand_out(jobs)
         self._stage, self._current = _IDLE, ()
 
     def _leave(self, job: Job) -> None:
@@ -275,10 +242,10 @@ class Group:
         else:
             self._file.roll_back()
         self._stage, self._current = _IDLE, ()
-        _hand_out([other for other in self._batch if other.done])  # some may not have been woken
+        hand_out([other for other in self._batch if other.done])  # some may not have been woken
         with self._mutex:
             for other in reversed(self._batch):
-                if not other.done and other is not job:
+                if not other.done and other not in self._queue:
                     other.answer, other.error = ..., None
                     self._queue.appendleft(other)
             if job in self._queue:
@@ -293,9 +260,9 @@ class Group:
             with self._mutex:
                 helper = self._looker if look else self._writer
                 if helper is None and look:
-                    helper = self._looker = _Helper(self._look_on)
+                    helper = self._looker = Helper(self._look_on)
                 elif helper is None:
-                    helper = self._writer = _Helper(self._lead_on)
+                    helper = self._writer = Helper(self._lead_on)
         helper.rouse()
 
     def _lead_on(self) -> None:
@@ -306,7 +273,7 @@ class Group:
                 failed = [job for job in self._batch if not job.done]
                 for job in failed:
                     job.error = error
-                _hand_out(failed)
+                hand_out(failed)
                 self._file.roll_back()
                 self._pass_on()
 
@@ -340,13 +307,17 @@ class Group:
             self._queue.append(job)
             if self._leader is None:
                 self._leader = job
-        if self._leader is not job:
-            _clock.wait(lambda seconds: job.bell.acquire(True, seconds), _PATIENCE)
-        with self._mutex:
-            self._queue.remove(job)
-        if self._leader is job:
-            self._frozen = job
-            self._file.freeze(until)
+        try:
+            if self._leader is not job:
+                _clock.wait(lambda seconds: job.bell.acquire(True, seconds), _PATIENCE)
+            with self._mutex:
+                self._queue.remove(job)
+            if self._leader is job:
+                self._frozen = job
+                self._file.freeze(until)
+        except BaseException:
+            self._leave(job)
+            raise
 
     def thaw(self) -> None:
         """After the fork, in the parent."""
@@ -362,60 +333,8 @@ class Group:
         self._begin()
 
 
-class _Helper:
-    """A daemon thread that does `work` whenever it is roused."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
-        self._ended = False
-        self._bell = threading.Lock()
-        self._bell.acquire()
-        self.thread = threading.Thread(target=self._serve, name="resilient-sqlite", daemon=True)
-        self.thread.start()
-
-    def rouse(self) -> None:
-        """Have the thread look for work."""
-        _ring(self._bell)
-
-    def end(self) -> None:
-        """End the thread when it has no more work."""
-        self._ended = True
-        _ring(self._bell)
-        if self.thread is not threading.current_thread():
-            self.thread.join()
-
-    def _serve(self) -> None:
-        while not self._ended:
-            self._bell.acquire()
-            self._work()
-
-
-def _ring(bell: threading.Lock) -> None:
-    try:
-        bell.release()
-    except RuntimeError:
-        pass  # It has been rung.
-
-
-def _hand_out(jobs: Sequence[Job]) -> None:
-    """Wake those who wait for `jobs`: each thread, and each loop once."""
-    loops: dict[Any, list[TaskJob]] = {}
-    for job in jobs:
-        job.done = True
-        if isinstance(job, TaskJob):
-            loops.setdefault(job.send, []).append(job)
-        else:
-            _ring(job.bell)
-    for send, tasks in loops.items():
-        try:
-            send(_wake, tasks)
-        except RuntimeError:
-            pass  # The loop is closed: nobody waits any more.
-
-
-def _wake(jobs: Sequence[TaskJob]) -> None:
-    for job in jobs:
-        job.wake()
+def _runs(job: Job) -> bool:
+    return job.op is not None
 
 
 def _freeze() -> None:
@@ -433,5 +352,5 @@ def _renew() -> None:
         group.renew()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
+if hasattr(os, "register_at_fork"):  # pragma: no branch (not on Windows)
     os.register_at_fork(before=_freeze, after_in_parent=_thaw, after_in_child=_renew)

@@ -112,9 +112,9 @@ def _damaged(key: str, values: Sequence[Any]) -> NoReturn:
         ("mark", mark, float),
     ):
         if type(value) is not wanted:
-            raise StoreError(f"the record of key {key!r} is damaged: {name} is {_kind(value)}")
+            raise StoreError(f"the record of key {key[:255]!r} is damaged: {name} is {_kind(value)}")
     raise StoreError(
-        f"the record of key {key!r} is damaged: its result is {_kind(result)}, and expires is {_kind(expires)}"
+        f"the record of key {key[:255]!r} is damaged: its result is {_kind(result)}, and expires is {_kind(expires)}"
     )
 
 
@@ -222,7 +222,9 @@ class Sql:
             return Acquired(fence, 1)
         row = self._row(execute, op.key)
         if row is None:
-            raise StoreError(f"the table {self.table} is damaged: key {op.key!r} is neither there nor can be added")
+            raise StoreError(
+                f"the table {self.table} is damaged: key {op.key[:255]!r} is neither there nor can be added"
+            )
         answer = self._judge(op, row, now)
         if answer is not None:
             return answer

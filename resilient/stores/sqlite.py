@@ -20,7 +20,8 @@ from resilient.clock import SystemClock, in_trio
 from resilient.errors import StoreError
 from resilient.stores._ops import Abandon, Claim, Finish, Op, Read, Release, Scan
 from resilient.stores._sqlite_file import TROUBLE, File, wrapped
-from resilient.stores._sqlite_group import Group, Job, TaskJob
+from resilient.stores._sqlite_group import Group
+from resilient.stores._sqlite_jobs import Job, TaskJob
 from resilient.stores._sqlite_sql import Sql
 from resilient.stores._watch import Bells, Watch
 
@@ -149,13 +150,14 @@ class SQLiteStore:
 
     def on(self, connection: sqlite3.Connection, op: Op[R], /) -> R:
         """Carry out `op` on `connection`, as a part of the transaction that it is in: it commits with it."""
-        cursor = sqlite3.Cursor(connection)  # without the connection's row factory
         try:
-            answer = self._neutral.answer(cursor.execute, op, self.clock.at())
+            cursor = sqlite3.Cursor(connection)  # without the connection's row factory
+            try:
+                answer = self._neutral.answer(cursor.execute, op, self.clock.at())
+            finally:
+                cursor.close()
         except TROUBLE as error:
             raise self._foreign(error) from error
-        finally:
-            cursor.close()
         return cast(R, answer)
 
     async def aon(self, connection: aiosqlite.Connection, op: Op[R], /) -> R:

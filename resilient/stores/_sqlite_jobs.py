@@ -1,0 +1,108 @@
+"""What waits in the queue of a SQLite store, and how it is woken.
+
+A job is one operation of a thread or a task. A thread waits for a lock of its own, so that it alone wakes; the tasks of
+a loop are woken all at once, by one call into that loop. Waking somebody twice does no harm, nor does it if his loop
+is closed. Safe from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resilient.stores._ops import AnyOp
+
+__all__ = ["Helper", "Job", "TaskJob", "hand_out", "ring"]
+
+
+class Job:
+    """An operation of a thread. It is rung when it is done, or to lead. `op` None: close the file."""
+
+    __slots__ = ("answer", "bell", "done", "error", "op")
+
+    def __init__(self, op: AnyOp | None) -> None:
+        self.op: Any = op
+        self.answer: Any = ...
+        self.error: Exception | None = None
+        self.done = False
+        self.bell = threading.Lock()
+        self.bell.acquire()
+
+    def outcome(self) -> Any:
+        """The answer, or the error raised."""
+        if self.error is not None:
+            raise self.error
+        return self.answer
+
+
+class TaskJob(Job):
+    """An operation of a task. `send` runs a function in the task's loop, from any thread; `wake` resumes the task."""
+
+    __slots__ = ("looked", "send", "wake")
+
+    def __init__(self, op: AnyOp, send: Callable[..., object], wake: Callable[[], object]) -> None:
+        self.op = op
+        self.answer = ...
+        self.error = None
+        self.done = False
+        self.looked = False  # whether it had to write, when it was looked at
+        self.send = send
+        self.wake = wake
+
+
+class Helper:
+    """A daemon thread that does `work` whenever it is roused."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._ended = False
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self.thread = threading.Thread(target=self._serve, name="resilient-sqlite", daemon=True)
+        self.thread.start()
+
+    def rouse(self) -> None:
+        """Have the thread look for work."""
+        ring(self._bell)
+
+    def end(self) -> None:
+        """End the thread when it has no more work."""
+        self._ended = True
+        ring(self._bell)
+        self.thread.join()
+
+    def _serve(self) -> None:
+        while not self._ended:
+            self._bell.acquire()
+            self._work()
+
+
+def ring(bell: threading.Lock) -> None:
+    """Wake whoever waits for `bell`. Once too often does no harm."""
+    try:
+        bell.release()
+    except RuntimeError:
+        pass  # It has been rung.
+
+
+def hand_out(jobs: Sequence[Job]) -> None:
+    """Wake those who wait for `jobs`: each thread, and each loop once."""
+    loops: dict[Any, list[TaskJob]] = {}
+    for job in jobs:
+        job.done = True
+        if isinstance(job, TaskJob):
+            loops.setdefault(job.send, []).append(job)
+        else:
+            ring(job.bell)
+    for send, tasks in loops.items():
+        try:
+            send(_wake, tasks)
+        except RuntimeError:
+            pass  # The loop is closed: nobody waits any more.
+
+
+def _wake(jobs: Sequence[TaskJob]) -> None:
+    for job in jobs:
+        job.wake()
