@@ -242,7 +242,7 @@ def _asked(function: Call, args: Any, kwargs: Any) -> Outcome:
 
 async def _aasked(function: Call, args: Any, kwargs: Any) -> Outcome:
     try:
-        return Outcome(await _aanswered(function(*args, **kwargs)), None)
+        return Outcome(await _awaited(function(*args, **kwargs)), None)
     except GeneratorExit:
         raise
     except BaseException as error:
@@ -253,7 +253,7 @@ def _answered(value: Any) -> Any:
     return value
 
 
-async def _aanswered(value: Any) -> Any:
+async def _awaited(value: Any) -> Any:
     return await value if hasattr(value, "__await__") else value
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Transaction", "TransactionClaim"]
 
 _SAVEPOINT = "resilient_claim"
+# How a store carries out an operation on a connection of the caller's.
+_ON, _AON = "on", "aon"
 
 
 class TransactionClaim(Hold, eq=False):
@@ -60,7 +62,7 @@ class Transaction:
     # -- for plain connections ---------------------------------------------------------------------------------------
 
     def __enter__(self) -> TransactionClaim:
-        store = self._store("on")
+        store = self._store(_ON)
         store.prepare()
         self._outer = _block(self._connection)
         self._outer.__enter__()
@@ -81,7 +83,7 @@ class Transaction:
                 self._inner.__exit__(kind, error, trace)
             op = self._ending(error)
             if op is not None:
-                self._finished(self._store("on").on(self._connection, op))
+                self._finished(self._store(_ON).on(self._connection, op))
                 kind = error = trace = None
         except BaseException as fault:
             self._outer.__exit__(type(fault), fault, fault.__traceback__)
@@ -91,7 +93,7 @@ class Transaction:
     # -- for async connections ---------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> TransactionClaim:
-        store = self._store("aon")
+        store = self._store(_AON)
         await store.aprepare()
         self._outer = _ablock(self._connection)
         await self._outer.__aenter__()
@@ -112,7 +114,7 @@ class Transaction:
                 await self._inner.__aexit__(kind, error, trace)
             op = self._ending(error)
             if op is not None:
-                self._finished(await self._store("aon").aon(self._connection, op))
+                self._finished(await self._store(_AON).aon(self._connection, op))
                 kind = error = trace = None
         except BaseException as fault:
             await self._outer.__aexit__(type(fault), fault, fault.__traceback__)
@@ -126,8 +128,8 @@ class Transaction:
         if not callable(getattr(store, way, None)):
             raise TypeError(f"{store!r} cannot take part in a transaction: SQLite and PostgreSQL stores can")
         world = _world(self._connection)
-        if world is None or world[1] != (way == "aon"):
-            word = "with" if way == "on" else "async with"
+        if world is None or world[1] != (way == _AON):
+            word = "with" if way == _ON else "async with"
             raise TypeError(
                 f"`{word}` cannot use a {type(self._connection).__qualname__} here: sqlite3 and psycopg connections "
                 "take `with`, aiosqlite and psycopg's async ones `async with`"

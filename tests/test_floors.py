@@ -20,7 +20,7 @@ FLOORS: dict[int, str] = {
     "_strategies _attempts retry breaker bulkhead ratelimit timeout fallback hedge",
     3: "pipeline patching __init__",
     4: "_binding _codec _drive _keeper _once _transaction idempotency stores",
-    5: "testing cli demo integrations _contract _cli_idempotency",
+    5: "testing cli demo integrations _contract _contract_cases _cli_idempotency",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 

@@ -25,7 +25,14 @@ RENAMED = {
     "asettle": "settle",
     "task_watch": "thread_watch",
     "_last_shielded": "_last",
-    "_aanswered": "_answered",
+    "_awaited": "_answered",
+    "adrive": "drive",
+    "AsyncCursor": "Cursor",
+    "_alane": "_lane",
+    "aon": "on",
+    "aprepare": "prepare",
+    "_ablock": "_block",
+    "_AON": "_ON",
     "_aacquire": "_acquire",
     "aclose": "close",
     "asend": "send",
@@ -39,7 +46,14 @@ RENAMED = {
     "__anext__": "__next__",
 }
 # Two ways of waiting that differ in kind, not only in words; their own tests run one table through both.
-APART = {("timeout.py", "Timeout"), ("hedge.py", "Hedge"), ("fallback.py", "module")}
+APART = {
+    ("timeout.py", "Timeout"),
+    ("hedge.py", "Hedge"),
+    ("fallback.py", "module"),
+    ("_keeper.py", "Beat"),
+    ("_watch.py", "_Armed"),
+    ("sqlite.py", "SQLiteStore"),
+}
 
 
 class Strike(ast.NodeTransformer):

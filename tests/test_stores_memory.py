@@ -9,20 +9,12 @@ from resilient.stores import Abandon, Claim, Finish, MemoryStore, Purge, Scan
 from resilient.testing import FakeClock, store_contract
 
 
-class Ticking(FakeClock):
-    """A clock that is told, and on which two questions never come at the same instant."""
-
-    def at(self) -> float:
-        self.advance(2e-6)
-        return super().at()
-
-
 @pytest.mark.parametrize("case", store_contract(MemoryStore, trio=True), ids=str)
 def test_contract(case: Case) -> None:
     case()
 
 
-clock = Ticking()
+clock = FakeClock()
 
 
 @pytest.mark.parametrize("case", store_contract(lambda: MemoryStore(clock), trio=True, advance=clock.advance), ids=str)

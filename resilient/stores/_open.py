@@ -63,7 +63,9 @@ def forget_shared() -> None:
         stores = list(_shared.values())
         _shared.clear()
     for store in stores:
-        store.close()
+        close = getattr(store, "close", None)
+        if close is not None:
+            close()
 
 
 def _factory(scheme: str) -> Callable[[str], Any]:

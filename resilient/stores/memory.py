@@ -70,6 +70,7 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._rows: dict[str, _Row] = {}
         self._ends: list[tuple[float, str]] = []
+        self._fence = 0
         self._bells = Bells()
         self._how: dict[type[AnyOp], Callable[..., object]] = {
             Claim: self._claim,
@@ -119,7 +120,7 @@ class MemoryStore:
             self._expire_locked(now)
         row = self._rows.get(op.key)
         if row is None or (row.expires is not None and row.expires <= now):
-            return self._take_locked(op, now, row, 1)
+            return self._take_locked(op, now, 1)
         if row.result is not None:
             return Completed(row.fence, row.attempt, row.fingerprint, row.result)
         if row.owner == op.owner:
@@ -129,14 +130,12 @@ class MemoryStore:
             row.awaited = row.awaited or op.awaited
             return Busy(row.fence, row.attempt, row.fingerprint, row.mark - now)
         if op.take_over:
-            return self._take_locked(op, now, row, row.attempt + 1)
+            return self._take_locked(op, now, row.attempt + 1)
         return Doubtful(row.fence, row.attempt, row.fingerprint, now - row.mark)
 
-    def _take_locked(self, op: Claim, now: float, row: _Row | None, attempt: int) -> Acquired:
-        # Microseconds since the epoch: larger than any number before, also where the record was purged in between.
-        fence = int(now * 1e6)
-        if row is not None and row.fence >= fence:
-            fence = row.fence + 1
+    def _take_locked(self, op: Claim, now: float, attempt: int) -> Acquired:
+        # Microseconds since the epoch, or one more than the last: a clock may stand still, or be put back.
+        fence = self._fence = max(int(now * 1e6), self._fence + 1)
         self._rows[op.key] = _Row(op.owner, op.fingerprint, op.label, now, now + op.lease, attempt, fence)
         return Acquired(fence, attempt)
 
