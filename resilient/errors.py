@@ -12,6 +12,9 @@
     │  ├─ InDoubt                   a former attempt began and never said how it ended
     │  ├─ InFlight                  another owner holds the key
     │  └─ KeyReused                 same key, other arguments
+    ├─ SagaError
+    │  ├─ SagaAborted               failed, and every compensation is done; `__cause__` is the step's error
+    │  └─ SagaStuck                 an ExceptionGroup: a compensation failed for good; a person is needed
     └─ StoreError                   the store could not answer (and whether the write may have happened)
 
     UserWarning
@@ -21,6 +24,11 @@ Your own exceptions are never wrapped: what the function raised is what the call
 """
 
 from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
 
 __all__ = [
     "BudgetSpent",
@@ -35,6 +43,9 @@ __all__ = [
     "RateLimited",
     "Rejected",
     "ResilientError",
+    "SagaAborted",
+    "SagaError",
+    "SagaStuck",
     "StoreError",
 ]
 
@@ -175,6 +186,64 @@ class KeyReused(IdempotencyError):
         super().__init__(policy, key)
         self.stored = stored
         self.given = given
+
+
+class SagaError(ResilientError):
+    """A saga did not end well, or cannot go on. `saga` is its name, `id` its id."""
+
+    def __init__(self, text: str, saga: str, id: str) -> None:  # noqa: A002
+        super().__init__(text, saga, id)
+
+    @property
+    def saga(self) -> str:
+        """The name of the saga."""
+        return str(self.args[-2])
+
+    @property
+    def id(self) -> str:
+        """The id of the saga."""
+        return str(self.args[-1])
+
+    def __str__(self) -> str:
+        return f"saga {self.saga} ({self.id}): {self.args[0]}"
+
+
+class SagaAborted(SagaError):
+    """A step failed, and everything that was done is undone. `__cause__` is the error of the step."""
+
+
+class SagaStuck(SagaError, ExceptionGroup[Exception]):
+    """Compensations failed for good: what they should have undone is not undone, and a person is needed.
+
+    `exceptions` are their errors, `__cause__` is what made the saga fail. The other compensations have run.
+    """
+
+    def __new__(cls, text: str, exceptions: Sequence[Exception], saga: str = "", id: str = "") -> Self:  # noqa: A002
+        made = super().__new__(cls, text, exceptions)
+        made._names = saga, id
+        return made
+
+    _names: tuple[str, str]
+
+    def __init__(self, text: str, exceptions: Sequence[Exception], saga: str = "", id: str = "") -> None:  # noqa: A002
+        Exception.__init__(self, text, exceptions)
+
+    @property
+    def saga(self) -> str:
+        """The name of the saga."""
+        return self._names[0]
+
+    @property
+    def id(self) -> str:
+        """The id of the saga."""
+        return self._names[1]
+
+    def derive(self, excs: Sequence[Exception]) -> Self:  # type: ignore[override]
+        """The same, of some of the errors."""
+        return type(self)(self.message, excs, *self._names)
+
+    def __str__(self) -> str:
+        return f"saga {self.saga} ({self.id}): {self.message} ({len(self.exceptions)} of them)"
 
 
 class StoreError(ResilientError):

@@ -15,6 +15,8 @@ from msgspec import Struct
 __all__ = [
     "Abandon",
     "Acquired",
+    "Append",
+    "Begin",
     "Busy",
     "Claim",
     "Claimed",
@@ -22,6 +24,7 @@ __all__ = [
     "Doubtful",
     "Finish",
     "Forget",
+    "History",
     "Op",
     "Page",
     "Purge",
@@ -179,6 +182,43 @@ class Abandon(Op[bool], frozen=True, gc=False):
     fence: int
 
 
+class Begin(Op[Claimed], frozen=True, gc=False):
+    """`Claim` with the first entry of a journal, in one commit: `entry` is number 0 where the key is new.
+
+    Every other answer of `Claim` leaves the journal as it is. A claim that is repeated by the owner itself adds nothing.
+    """
+
+    key: str
+    owner: str
+    lease: float
+    entry: bytes
+    label: str = ""
+    take_over: bool = False
+
+
+class Append(Op[bool], frozen=True, gc=False):
+    """Add `entry` to the journal as number `at`, and start the lease anew, in one commit.
+
+    False: the key is somebody else's, or done, or gone. True as well where this owner has added number `at` already
+    (the first one stays). A `label` that is not empty takes the place of the one that the record has. Raises
+    `StoreError` where `at` is not the next number: entries have no gaps.
+    """
+
+    key: str
+    owner: str
+    fence: int
+    at: int
+    entry: bytes
+    lease: float
+    label: str = ""
+
+
+class History(Op["tuple[Record, tuple[bytes, ...]] | None"], frozen=True, gc=False):
+    """The record of a key and all entries of its journal, as they are at one instant; None where there is none."""
+
+    key: str
+
+
 class Read(Op[Record | None], frozen=True, gc=False):
     """The record of a key, or None. A result whose time is over counts as none."""
 
@@ -188,6 +228,8 @@ class Read(Op[Record | None], frozen=True, gc=False):
 class Scan(Op[Page], frozen=True, gc=False):
     """Up to `limit` records (a store may give some more or fewer) whose label contains `text`, from `after` on.
 
+    A `state` that is not empty is the only one wanted. Those "in doubt" are found without a look at those that are done.
+
     Begin with an empty `after`, and go on with the one of each page until it is empty. Every record that is there all
     the while is seen at least once.
     """
@@ -195,6 +237,7 @@ class Scan(Op[Page], frozen=True, gc=False):
     after: str = ""
     limit: int = 100
     text: str = ""
+    state: str = ""
 
 
 class Purge(Op[int], frozen=True, gc=False):

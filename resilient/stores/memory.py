@@ -14,10 +14,13 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from resilient.clock import SystemClock
+from resilient.errors import StoreError
 from resilient.stores._ops import (
     Abandon,
     Acquired,
     AnyOp,
+    Append,
+    Begin,
     Busy,
     Claim,
     Claimed,
@@ -25,6 +28,7 @@ from resilient.stores._ops import (
     Doubtful,
     Finish,
     Forget,
+    History,
     Op,
     Page,
     Purge,
@@ -59,6 +63,7 @@ class _Row(Struct, gc=False):
     awaited: bool = False
     expires: float | None = None
     result: bytes | None = None
+    journal: tuple[bytes, ...] = ()
 
 
 class MemoryStore:
@@ -74,6 +79,9 @@ class MemoryStore:
         self._bells = Bells()
         self._how: dict[type[AnyOp], Callable[..., object]] = {
             Claim: self._claim,
+            Begin: self._begin,
+            Append: self._append,
+            History: self._history,
             Renew: self._renew,
             Finish: self._finish,
             Release: self._release,
@@ -130,7 +138,10 @@ class MemoryStore:
             row.awaited = row.awaited or op.awaited
             return Busy(row.fence, row.attempt, row.fingerprint, row.mark - now)
         if op.take_over:
-            return self._take_locked(op, now, row.attempt + 1)
+            reply = self._take_locked(op, now, row.attempt + 1)
+            taken = self._rows[op.key]
+            taken.began, taken.label, taken.journal = row.began, op.label or row.label, row.journal
+            return reply
         return Doubtful(row.fence, row.attempt, row.fingerprint, now - row.mark)
 
     def _take_locked(self, op: Claim, now: float, attempt: int) -> Acquired:
@@ -139,7 +150,30 @@ class MemoryStore:
         self._rows[op.key] = _Row(op.owner, op.fingerprint, op.label, now, now + op.lease, attempt, fence)
         return Acquired(fence, attempt)
 
-    def _mine(self, op: Renew | Finish | Release | Abandon) -> _Row | None:
+    def _begin(self, op: Begin, now: float) -> Claimed:
+        reply = self._claim(Claim(op.key, op.owner, op.lease, "", op.label, op.take_over), now)
+        row = self._rows[op.key]
+        if type(reply) is Acquired and not row.journal:
+            row.journal = (op.entry,)
+        return reply
+
+    def _append(self, op: Append, now: float) -> bool:
+        row = self._mine(op)
+        if row is None or row.result is not None:
+            return False
+        if op.at > len(row.journal):
+            raise StoreError(f"the journal of {op.key} has {len(row.journal)} entries: number {op.at} would leave a gap")
+        if op.at == len(row.journal):
+            row.journal += (op.entry,)
+        row.mark = now + op.lease
+        row.label = op.label or row.label
+        return True
+
+    def _history(self, op: History, now: float) -> tuple[Record, tuple[bytes, ...]] | None:
+        record = self._read(Read(op.key), now)
+        return None if record is None else (record, self._rows[op.key].journal)
+
+    def _mine(self, op: Renew | Finish | Release | Abandon | Append) -> _Row | None:
         row = self._rows.get(op.key)
         if row is None or row.owner != op.owner or (row.fence != op.fence and op.fence):
             return None
@@ -195,7 +229,7 @@ class MemoryStore:
             if len(found) == op.limit:
                 return Page(tuple(found), found[-1].key)
             record = self._read(Read(key), now)
-            if record is not None:
+            if record is not None and op.state in ("", record.state):
                 found.append(record)
         return Page(tuple(found), "")
 
