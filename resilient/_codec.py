@@ -131,7 +131,7 @@ def _enc_hook(value: Any) -> Any:
 
 
 def _dec_hook(cls: Any, value: Any) -> Any:
-    return cls.model_validate(value)
+    return value if cls is object else cls.model_validate(value)
 
 
 def fingerprint_encoder() -> Callable[[Any], bytes]:

@@ -279,9 +279,11 @@ def test_tenants_do_not_see_each_others_responses() -> None:
 
     async def main() -> None:
         guard = guarded(app, scope=tenant)
-        ada = {"headers": [(b"authorization", b"Bearer ada")]}
-        bob = {"headers": [(b"authorization", b"Bearer bob")]}
+        ada: dict[str, Any] = {"headers": [(b"authorization", b"Bearer ada")]}
+        bob: dict[str, Any] = {"headers": [(b"authorization", b"Bearer bob")]}
         assert [(await ask(guard, **who)).body for who in (ada, bob, ada)] == [b"order 1", b"order 2", b"order 1"]
+
+        assert not any("ada" in row.label for row in guard.store._rows.values()), "a token is nobody's to read"
 
         store = MemoryStore()
         one, two = guarded(app, store, scope="one"), guarded(app, store, scope="two")
@@ -484,7 +486,11 @@ def test_what_bypasses_the_body_is_not_offered_and_the_rest_passes(world: World)
         await send({"type": "http.response.body", "body": b"late"})
 
     async def main() -> None:
-        extensions = {"http.response.pathsend": {}, "http.response.trailers": {}, "http.response.debug": {}}
+        extensions: dict[str, Any] = {
+            "http.response.pathsend": {},
+            "http.response.trailers": {},
+            "http.response.debug": {},
+        }
         reply = await ask(guarded(App(act)), extensions=extensions)
         assert [message["type"].rpartition(".")[2] for message in reply.messages] == ["debug", "start", "body", "body"]
         assert len(extensions) == 3, "the scope of others is theirs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def test_streams_background_tasks_and_other_middleware() -> None:
 
     @api.post("/stream")
     async def stream() -> StreamingResponse:
-        async def parts() -> Any:
+        async def parts() -> AsyncIterator[bytes]:
             effects.append(resilient.claim().key)
             yield b"one "
             assert await asyncio.to_thread(first_part.wait, 60)
@@ -162,7 +162,7 @@ def test_responses_that_break_off() -> None:
 
     @api.post("/broken")
     async def broken() -> StreamingResponse:
-        async def parts() -> Any:
+        async def parts() -> AsyncIterator[bytes]:
             effects.append("broken")
             yield b"one "
             assert await asyncio.to_thread(first_part.wait, 60)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resilient._drive import RUN, Outcome, Program, drive
 from resilient.errors import InDoubt, InFlight, KeyReused, StoreError
-from resilient.integrations._halves import Keyed, KeyedTasks
+from resilient.integrations._halves import NO_CALL, STARTED, Keyed, KeyedTasks, first_half, second_half
 from resilient.integrations._http import (
     Answer,
     AnswerForm,
@@ -22,6 +23,7 @@ from resilient.integrations._http import (
     read_key,
     remembered,
 )
+from resilient.policy import SYSTEM
 from resilient.stores import MemoryStore, Threaded
 from tests._http import problem
 
@@ -294,6 +296,68 @@ def test_status_lines_for_wsgi() -> None:
 
 def test_failures_and_refusals_of_the_moment_are_not_remembered() -> None:
     assert [status for status in range(200, 600) if not remembered(status)] == [409, 422, 425, 429, *range(500, 600)]
+
+
+# -- a program in two halves ----------------------------------------------------------------------------------------
+
+
+class Ends:
+    """A program of two steps around its call, that ends as `how` says, and notes that it is closed."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.steps, self.closed = how, list[Any](), False
+
+    def program(self, runs: bool = True) -> Program:
+        try:
+            self.steps.append((yield "before"))
+            if runs:
+                self.steps.append((yield RUN))
+            self.steps.append((yield "after"))
+            if self.how == "raises":
+                raise KeyError("no")
+            if self.how == "yields":
+                yield Outcome("end", None)
+            return Outcome("end", None)
+        finally:
+            self.closed = True
+
+
+class Steps:
+    """A store that answers each step with its name."""
+
+    def execute(self, op: Any) -> Any:
+        return f"{op}!"
+
+
+def driven(half: Program) -> Any:
+    return drive(half, Steps(), SYSTEM, NO_CALL, (), {}).value
+
+
+@pytest.mark.parametrize("how", ["returns", "yields", "raises"])
+def test_a_program_goes_on_after_the_call_however_it_ends(how: str) -> None:
+    ends = Ends(how)
+    program = ends.program()
+    assert drive(first_half(program), Steps(), SYSTEM, NO_CALL, (), {}) is STARTED
+    assert (ends.steps, ends.closed) == (["before!"], False)
+    called = Outcome("called", None)
+    if how == "raises":
+        with pytest.raises(KeyError):
+            driven(second_half(program, called))
+    else:
+        assert driven(second_half(program, called)) == "end"
+    assert ends.steps == ["before!", called, "after!"]
+    assert ends.closed
+
+
+@pytest.mark.parametrize("how", ["returns", "yields", "raises"])
+def test_a_program_that_never_comes_to_the_call_is_over(how: str) -> None:
+    ends = Ends(how)
+    if how == "raises":
+        with pytest.raises(KeyError):
+            driven(first_half(ends.program(runs=False)))
+    else:
+        assert driven(first_half(ends.program(runs=False))) == "end"
+    assert ends.closed
 
 
 # -- options ---------------------------------------------------------------------------------------------------------

@@ -13,15 +13,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import IsolationLevel
 from psycopg.rows import dict_row, tuple_row
+from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-import resilient.stores.postgres as module
+from resilient import stores
 from resilient._contract import Case
 from resilient.clock import SystemClock
 from resilient.stores import (
@@ -39,8 +41,8 @@ from resilient.stores import (
     Scan,
     StoreError,
     Threaded,
-    open,
 )
+from resilient.stores._pg_sql import MIGRATIONS
 from resilient.testing import store_contract
 from tests._servers import postgres_database
 
@@ -88,7 +90,7 @@ def test_contract_under_trio_by_threads(case: Case, database: str) -> None:
 
 def strictest(connection: psycopg.Connection[Any]) -> None:
     connection.isolation_level = IsolationLevel.SERIALIZABLE
-    connection.adapters.register_loader("float8", psycopg.types.string.TextLoader)
+    connection.adapters.register_loader("float8", TextLoader)
 
 
 @pytest.mark.parametrize("case", store_contract(asyncio=False), ids=str)
@@ -151,7 +153,7 @@ def test_a_pool_that_makes_its_connections_out_of_functions_leaves_waiters_to_as
 
 def test_our_options_are_taken_out_of_the_url_and_the_rest_is_for_libpq(database: str) -> None:
     name = prefix()
-    made = open(f"{database}&prefix={name}&pool_max=3&timeout=2.5&application_name=shop%20one")
+    made = stores.open(f"{database}&prefix={name}&pool_max=3&timeout=2.5&application_name=shop%20one")
     assert (made.prefix, made._size, made.timeout) == (name, 3, 2.5)
     lane = made._lane()
     connection = lane.take(CLOCK.now() + 5)
@@ -189,7 +191,7 @@ def test_a_wrong_setting_is_named(make: Callable[[], Any], error: type[Exception
 
 def test_without_the_driver_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    spec = importlib.util.spec_from_file_location("postgres_without", module.__file__)
+    spec = importlib.util.spec_from_file_location("postgres_without", Path(stores.__file__).with_name("postgres.py"))
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(ImportError, match=r"pip install 'resilient-kit\[postgres\]'"):
@@ -254,7 +256,9 @@ def test_tables_of_an_older_version_are_upgraded(database: str, monkeypatch: pyt
     name = prefix()
     old = PostgresStore(database, prefix=name)
     fence = old.execute(Claim("k", "a", 30.0))
-    monkeypatch.setattr(module, "MIGRATIONS", (*module.MIGRATIONS, "ALTER TABLE {prefix}records ADD COLUMN extra int4"))
+    monkeypatch.setattr(
+        "resilient.stores.postgres.MIGRATIONS", (*MIGRATIONS, "ALTER TABLE {prefix}records ADD COLUMN extra int4")
+    )
     new = PostgresStore(database, prefix=name)
     assert new.execute(Claim("k", "a", 30.0)) == fence
     with psycopg.connect(database) as connection:
@@ -272,7 +276,7 @@ def test_a_damaged_version_is_said(change: str, store: PostgresStore, user: psyc
     store.prepare()
     user.execute(change.format(store.prefix).encode())
     user.commit()
-    with pytest.raises(StoreError, match="is damaged: it says version (None|-1)"):
+    with pytest.raises(StoreError, match=r"is damaged: it says version (None|-1)"):
         PostgresStore(user.info.dsn, prefix=store.prefix).prepare()
 
 
@@ -304,7 +308,7 @@ def test_tables_that_were_dropped_are_said_to_be_missing_and_made_again(
     store.prepare()
     user.execute(f"DROP TABLE {store.prefix}records, {store.prefix}version".encode())
     user.commit()
-    with pytest.raises(StoreError, match="tables .* are missing") as caught:
+    with pytest.raises(StoreError, match=r"tables .* are missing") as caught:
         store.execute(Claim("k", "a", 30.0))
     assert not caught.value.maybe_written
     assert type(store.execute(Claim("k", "a", 30.0))) is Acquired
@@ -323,8 +327,8 @@ def test_a_replay_only_reads(state: str, store: PostgresStore, user: psycopg.Con
     elif state == "awaited":
         store.execute(Claim("k", "b", 30.0, awaited=True))
     assert type(store.on(user, Claim("k", "b", 30.0, awaited=state == "awaited"))) is not Acquired
-    row = user.execute(f"SELECT pg_current_xact_id_if_assigned(), xmax::text FROM {store.prefix}records".encode())
-    xact, locker = row.fetchone() or ()
+    cursor = user.execute(f"SELECT pg_current_xact_id_if_assigned(), xmax::text FROM {store.prefix}records".encode())
+    ((xact, locker),) = cursor.fetchall()
     # No transaction number: nothing was written, and nothing is flushed at commit. No locker: nobody has to wait.
     assert xact is None
     assert locker == "0" or state == "awaited"
@@ -485,9 +489,13 @@ def test_on_the_users_async_connection_too(store: PostgresStore, database: str) 
     asyncio.run(main())
 
 
-def test_rows_are_read_the_same_whatever_the_row_factory(store: PostgresStore, user: psycopg.Connection[Any]) -> None:
-    store.execute(Claim("k", "a", 30.0, "print", "label"))
+def test_rows_are_read_the_same_whatever_the_row_factory_and_encoding(store: PostgresStore, database: str) -> None:
+    store.execute(Claim("k", "a", 30.0, "print", "Bär"))
     record = store.execute(Read("k"))
-    for factory in (dict_row, tuple_row):
-        user.row_factory = factory  # type: ignore[assignment]  # pyright: ignore
-        assert store.on(user, Read("k")) == record
+    assert record is not None
+    for encoding in ("UTF8", "LATIN1"):
+        for factory in (dict_row, tuple_row):
+            make: Any = factory
+            with psycopg.connect(database, row_factory=make, client_encoding=encoding) as user:
+                assert store.on(user, Read("k")) == record
+                assert store.on(user, Scan(text="ä")).records == (record,)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias, cast
 
+from resilient._binding import digest
 from resilient._drive import RUN, Outcome, Program
 from resilient._keeper import TaskKeeper, ThreadKeeper
 from resilient._once import Hold, Tally, lost, once
@@ -30,13 +31,16 @@ from resilient.integrations._http import (
 from resilient.policy import SYSTEM, Env, seconds, whole
 from resilient.stores._open import shared
 
-__all__ = ["STARTED", "Keyed", "first_half", "second_half"]
+__all__ = ["NO_CALL", "STARTED", "Keyed", "first_half", "second_half"]
 
 Scope: TypeAlias = "str | Callable[[Request], str] | None"
 Fingerprint: TypeAlias = "bool | Callable[[Request], str | bytes]"
 
 STARTED = Outcome(None, None)
 """The answer of a first half that came to the call: the key is the caller's, and it is his turn."""
+
+NO_CALL: Any = None
+"""What a driver is given to call: a half of a program calls nothing."""
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
@@ -161,7 +165,10 @@ class Keyed:
         scope = self.scope(request) if callable(self.scope) else self.scope or ""
         if not isinstance(scope, str):
             raise TypeError(f"scope must return a string, not {scope!r}")
-        stored, label = Hasher(f"{request.method} {request.path}")(scope, key)
+        # The label of a record can be read by whoever reads the store, and a scope is often what the client proves
+        # itself with.
+        hidden = digest(scope.encode("utf-8", "surrogatepass")).hexdigest() if scope else ""
+        stored, label = Hasher(f"{request.method} {request.path}")(hidden, key)
         form: Any = self._form
         hold = Hold(key, stored)
         how, env, print_ = self._how, self.env, self._print(request)

@@ -213,6 +213,10 @@ class Recorder:
             if name.lower() == "content-length" and value.isdecimal():
                 self._left = int(value)
 
+    def hold(self) -> None:
+        """Hold back all of the body: it is there already, so that nobody waits for it."""
+        self._left = 0
+
     def add(self, chunk: bytes) -> bytes | None:
         """One more part of the body: what of it may go out now, or None if it must wait for the end."""
         if not self.too_large:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from resilient._drive import Outcome, Program, adrive
 from resilient._once import current
 from resilient.errors import InDoubt, ResilientError, StoreError
-from resilient.integrations._halves import STARTED, KeyedTasks, first_half, second_half
+from resilient.integrations._halves import NO_CALL, STARTED, KeyedTasks, first_half, second_half
 from resilient.integrations._http import Answer, Recorder, Request, joined
 
 __all__ = ["IdempotencyMiddleware", "Request"]
@@ -25,10 +25,6 @@ Send: TypeAlias = "Callable[[Message], Awaitable[None]]"
 
 # By these the body would go past us.
 PAST = frozenset({"http.response.pathsend", "http.response.zerocopysend", "http.response.trailers"})
-
-
-async def _nothing() -> None:
-    raise AssertionError("unreachable: a half of a program has no call")
 
 
 class IdempotencyMiddleware(KeyedTasks):
@@ -82,7 +78,7 @@ class IdempotencyMiddleware(KeyedTasks):
         outer = current.get()
         try:
             try:
-                outcome = await adrive(first_half(program), self.store, self.env, _nothing, (), {})
+                outcome = await adrive(first_half(program), self.store, self.env, NO_CALL, (), {})
                 answer = None if outcome is STARTED else self._replay(outcome)
             except ResilientError as error:
                 answer = self._refusal(error)
@@ -173,7 +169,7 @@ class _Exchange:
         """Store how it ended. Raises what prevents that, or the cancel that came meanwhile."""
         self._ended = True
         store, env = self._middleware.store, self._middleware.env
-        outcome = await adrive(second_half(self._program, outcome), store, env, _nothing, (), {})
+        outcome = await adrive(second_half(self._program, outcome), store, env, NO_CALL, (), {})
         if outcome.error is not None:
             outcome.result()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from resilient._drive import Outcome, Program, drive
 from resilient.errors import InDoubt, ResilientError, StoreError
-from resilient.integrations._halves import STARTED, Keyed, first_half, second_half
+from resilient.integrations._halves import NO_CALL, STARTED, Keyed, first_half, second_half
 from resilient.integrations._http import Answer, Recorder, Request
 
 __all__ = ["IdempotencyWSGIMiddleware", "Request"]
@@ -23,10 +23,6 @@ __all__ = ["IdempotencyWSGIMiddleware", "Request"]
 StartResponse = Callable[..., Callable[[bytes], object]]
 
 _END: Any = object()
-
-
-def _nothing() -> None:
-    raise AssertionError("unreachable: a half of a program has no call")
 
 
 class IdempotencyWSGIMiddleware(Keyed):
@@ -77,7 +73,7 @@ class IdempotencyWSGIMiddleware(Keyed):
         # In a context of its own: the server may go on with the response in another thread, or serve others meanwhile.
         context = copy_context()
         try:
-            outcome = context.run(drive, first_half(program), self.store, self.env, _nothing, (), {})
+            outcome = context.run(drive, first_half(program), self.store, self.env, NO_CALL, (), {})
             answer = None if outcome is STARTED else self._replay(outcome)
         except ResilientError as error:
             answer = self._refusal(error)
@@ -112,6 +108,8 @@ class _Exchange:
         """Call the application, up to the first part of its response that may go out, or to the end."""
         try:
             self._result = self._call(self._middleware.app, environ, self._started)
+            if isinstance(self._result, (list, tuple)):
+                self._recorder.hold()
             self._source = self._call(iter, self._result)
             self._first = self._next()
         except BaseException:
@@ -207,7 +205,7 @@ class _Exchange:
         self._ended = True
         middleware = self._middleware
         second = second_half(self._program, outcome)
-        outcome = self._within(drive, second, middleware.store, middleware.env, _nothing, (), {})
+        outcome = self._within(drive, second, middleware.store, middleware.env, NO_CALL, (), {})
         if outcome.error is not None:
             outcome.result()
 

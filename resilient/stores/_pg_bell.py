@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -41,6 +42,8 @@ class Ear:
             with self._lock:
                 if self._thread is None:
                     self._stop, stopped = socket.socketpair()
+                    # One that is forgotten ends as well, in the child of a fork without ending that of the parent.
+                    weakref.finalize(self, self._stop.close)
                     self._thread = threading.Thread(
                         target=_listen,
                         args=(self.bells, self._connect, self._channel, stopped),
@@ -54,9 +57,9 @@ class Ear:
         with self._lock:
             thread, stop, self._thread, self._stop = self._thread, self._stop, None, None
         if thread is not None and stop is not None:
+            stop.shutdown(socket.SHUT_RDWR)
             stop.close()
-            if thread is not threading.current_thread():
-                thread.join(_LONGEST)
+            thread.join(_LONGEST)
 
 
 def _listen(bells: Bells, connect: Callable[[], psycopg.Connection[Any]], channel: str, stopped: socket.socket) -> None:

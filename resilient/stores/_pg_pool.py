@@ -115,6 +115,10 @@ class _Lane(Park, Generic[C]):
             f"SET lock_timeout = {int(timeout * 800)}"
         ).encode()
 
+    def coding(self, connection: C) -> str:
+        """How text comes from the server: our connections ask for UTF-8."""
+        return "utf-8"
+
     def _grab(self) -> bool:
         """Take a slot that is free, if nobody waits."""
         if self._waiters or not self._tokens:
@@ -249,13 +253,12 @@ def _defaults(conninfo: str, timeout: float) -> dict[str, Any]:
     said = psycopg.conninfo.conninfo_to_dict(conninfo)
     ours = {
         "application_name": "resilient",
-        "client_encoding": "UTF8",
         "connect_timeout": max(1, ceil(timeout)),
         "keepalives_idle": 30,
         "keepalives_interval": 10,
         "keepalives_count": 3,
     }
-    return {name: value for name, value in ours.items() if name not in said}
+    return {name: value for name, value in ours.items() if name not in said} | {"client_encoding": "UTF8"}
 
 
 class BorrowedLane:
@@ -274,6 +277,10 @@ class BorrowedLane:
     def cursor(self, connection: psycopg.Connection[Any], sql: bytes) -> psycopg.Cursor[Any]:
         """A plain cursor, whatever the connection would make."""
         return psycopg.Cursor(connection, row_factory=tuple_row)
+
+    def coding(self, connection: psycopg.Connection[Any]) -> str:
+        """How text comes from the server, as the user has set it."""
+        return connection.info.encoding
 
     def settle(self, connection: psycopg.Connection[Any]) -> None:
         """Commit, where the connection does not do that by itself."""
@@ -304,6 +311,10 @@ class AsyncBorrowedLane:
     def cursor(self, connection: psycopg.AsyncConnection[Any], sql: bytes) -> psycopg.AsyncCursor[Any]:
         """A plain cursor, whatever the connection would make."""
         return psycopg.AsyncCursor(connection, row_factory=tuple_row)
+
+    def coding(self, connection: psycopg.AsyncConnection[Any]) -> str:
+        """How text comes from the server, as the user has set it."""
+        return connection.info.encoding
 
     async def settle(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Commit, where the connection does not do that by itself."""

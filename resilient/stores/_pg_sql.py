@@ -201,7 +201,7 @@ class Statement:
     def __init__(
         self,
         sql: str,
-        decode: Callable[[Result, Any], Any],
+        decode: Callable[[Result, Any, str], Any],
         *,
         values: Callable[[Any], dict[str, Any]] = asdict,
         writes: bool = True,
@@ -252,24 +252,25 @@ _INT = Struct("!q").unpack
 _FLOAT = Struct("!d").unpack
 
 
-def _claimed(result: Result, op: Claim) -> Claimed:
+def _claimed(result: Result, op: Claim, coding: str) -> Claimed:
     if not result.ntuples:
         return cast(Claimed, AGAIN)  # Somebody took it in the same moment.
     get, key = result.get_value, op.key
     fence = _whole(get(0, 1), key, "fence")
     if get(0, 0) == b"\1":
-        if _number(get(0, 5), key, "mark") - _number(get(0, 9), key, "time") < 0.9 * op.lease:
+        waited = op.lease + _number(get(0, 9), key, "time") - _number(get(0, 5), key, "mark")
+        if waited > 0.01 and waited > 0.1 * op.lease:
             return cast(Claimed, AGAIN)  # It waited for somebody's transaction to end: the lease must start anew.
         attempt = get(0, 2)
         return Acquired(fence, 1 if attempt is None else _whole(attempt, key, "attempt"))
-    attempts, fingerprint, owner = _whole(get(0, 2), key, "attempt"), _text(get(0, 3), key, "fingerprint"), get(0, 4)
+    attempts, fingerprint = _whole(get(0, 2), key, "attempt"), _text(get(0, 3), key, "fingerprint", coding)
     now, expires = _number(get(0, 9), key, "time"), get(0, 6)
     if expires is not None:
         if _number(expires, key, "expires") <= now:
             return cast(Claimed, AGAIN)
         return Completed(fence, attempts, fingerprint, _bytes(get(0, 7), key))
     ahead = _number(get(0, 5), key, "mark") - now
-    if _text(owner, key, "owner") == op.owner:
+    if _text(get(0, 4), key, "owner", coding) == op.owner:
         return cast(Claimed, AGAIN)
     if ahead > 0:
         if op.awaited and get(0, 8) != b"\1":
@@ -278,43 +279,45 @@ def _claimed(result: Result, op: Claim) -> Claimed:
     return cast(Claimed, AGAIN) if op.take_over else Doubtful(fence, attempts, fingerprint, -ahead)
 
 
-def _any(result: Result, op: AnyOp) -> bool:
+def _any(result: Result, op: AnyOp, coding: str) -> bool:
     return result.ntuples > 0
 
 
-def _count(result: Result, op: Purge) -> int:
+def _count(result: Result, op: Purge, coding: str) -> int:
     number: int = _INT(result.get_value(0, 0) or b"")[0]
     return number
 
 
-def _read(result: Result, op: Read) -> Record | None:
-    return _record(result, 0) if result.ntuples else None
+def _read(result: Result, op: Read, coding: str) -> Record | None:
+    return _record(result, 0, coding) if result.ntuples else None
 
 
-def _page(result: Result, op: Scan) -> Page:
-    records = tuple(_record(result, row) for row in range(result.ntuples) if result.get_value(row, 0) is not None)
+def _page(result: Result, op: Scan, coding: str) -> Page:
+    records = tuple(
+        _record(result, row, coding) for row in range(result.ntuples) if result.get_value(row, 0) is not None
+    )
     if len(records) >= op.limit:
         return Page(records, records[-1].key)
     after = result.get_value(0, 11)
-    return Page(records, "" if after is None else after.decode())
+    return Page(records, "" if after is None else after.decode(coding))
 
 
-def _record(result: Result, row: int) -> Record:
+def _record(result: Result, row: int, coding: str) -> Record:
     def get(column: int) -> bytes | None:
         return result.get_value(row, column)
 
-    key = _text(get(0), "?", "key")
+    key = _text(get(0), "?", "key", coding)
     expires = get(8)
     mark, now = _number(get(7), key, "mark"), _number(get(10), key, "now")
     state: State = "done" if expires is not None else "running" if mark > now else "in doubt"
     return Record(
         key=key,
         state=state,
-        owner=_text(get(1), key, "owner"),
+        owner=_text(get(1), key, "owner", coding),
         fence=_whole(get(2), key, "fence"),
         attempt=_whole(get(3), key, "attempt"),
-        fingerprint=_text(get(4), key, "fingerprint"),
-        label=_text(get(5), key, "label"),
+        fingerprint=_text(get(4), key, "fingerprint", coding),
+        label=_text(get(5), key, "label", coding),
         began_at=_number(get(6), key, "began"),
         mark=mark,
         expires_at=None if expires is None else _number(expires, key, "expires"),
@@ -336,13 +339,13 @@ def _number(value: bytes | None, key: str, column: str) -> float:
     return number
 
 
-def _text(value: bytes | None, key: str, column: str) -> str:
+def _text(value: bytes | None, key: str, column: str, coding: str) -> str:
     if value is None:
         raise _damaged(key, f"{column} None")
     try:
-        return value.decode()
+        return value.decode(coding)
     except UnicodeDecodeError:
-        raise _damaged(key, f"a {column} that is not UTF-8") from None
+        raise _damaged(key, f"a {column} that is not {coding}") from None
 
 
 def _bytes(value: bytes | None, key: str) -> bytes:

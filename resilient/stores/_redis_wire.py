@@ -1,4 +1,4 @@
-"""How requests reach Redis: over connections of our own, or through a client of the user's; for threads and for tasks.
+"""How requests reach Redis over connections of our own, for threads and for tasks; and what becomes of failures.
 
 Promises: one request and its answer at a time per connection, a connection that failed or was left in the middle is
 never used again, and every failure is a `StoreError` that says whether the server may have done it. Does not: repeat
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from resilient.stores._lua import Request
 
-__all__ = ["Client", "Loops", "Pool", "TaskClient", "TaskPort", "ThreadPort", "failure"]
+__all__ = ["Loops", "Pool", "TaskPort", "ThreadPort", "failure", "no_script"]
 
 # What the server answers before it carries anything out, though clients take some of it for a broken connection.
 _ANSWERS = frozenset({"ResponseError", "AuthenticationError", "AuthorizationError", "BusyLoadingError", "DataError"})
@@ -69,7 +69,8 @@ def failure(error: Exception, maybe_written: bool) -> Exception:
     return StoreError(f"Redis refused: {text}")
 
 
-def _no_script(error: Exception) -> bool:
+def no_script(error: Exception) -> bool:
+    """Whether the server does not know the script by its name (any more)."""
     return type(error).__name__ == "NoScriptError" or str(error).startswith("NOSCRIPT")
 
 
@@ -108,7 +109,7 @@ class Pool:
         try:
             return self._ask(request.packed(), writes)
         except StoreError as error:
-            if error.__cause__ is None or not _no_script(error.__cause__):  # type: ignore[arg-type]
+            if error.__cause__ is None or not no_script(error.__cause__):  # type: ignore[arg-type]
                 raise
         return self._ask(_packed(_eval_args(request)), writes)
 
@@ -223,7 +224,7 @@ class Loops:
         try:
             return await pool.ask(request.packed(), writes, self._timeout)
         except StoreError as error:
-            if error.__cause__ is None or not _no_script(error.__cause__):  # type: ignore[arg-type]
+            if error.__cause__ is None or not no_script(error.__cause__):  # type: ignore[arg-type]
                 raise
         return await pool.ask(_packed(_eval_args(request)), writes, self._timeout)
 
@@ -353,105 +354,3 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
-
-
-# -- clients of the user's -------------------------------------------------------------------------------------------
-
-
-class Client:
-    """Through a client of the user's: its settings, its retries, its instrumentation, its time limits."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self._sure = _without_retry(client)
-
-    def run(self, request: Request) -> Any:
-        """The server's answer to a request."""
-        script, key, args = request
-        try:
-            try:
-                return self._client.execute_command("EVALSHA", script.sha, 1, key, *args)
-            except Exception as error:
-                if not _no_script(error):
-                    raise
-            return self._client.execute_command("EVAL", script.text, 1, key, *args)
-        except Exception as error:
-            raise _blamed(error, script.writes, self._sure) from error
-
-    def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
-        """A piece of a node's keys, and where the next begins."""
-        try:
-            if not node:
-                after, keys = self._client.scan(cursor, match=match, count=count)
-                return int(after), keys
-            target = self._client.get_node(node_name=node)
-            cursors, keys = self._client.scan(cursor, match=match, count=count, target_nodes=target)
-            return int(cursors[node]), keys
-        except Exception as error:
-            raise _blamed(error, False, self._sure) from error
-
-    def nodes(self) -> list[str]:
-        """The names of all masters of a cluster; otherwise one server, without a name."""
-        if not hasattr(self._client, "get_primaries"):
-            return [""]
-        return sorted(node.name for node in self._client.get_primaries())
-
-    def close(self) -> None:
-        """The client is the user's."""
-
-
-class TaskClient:
-    """`Client`, for tasks."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self._sure = _without_retry(client)
-
-    async def run(self, request: Request) -> Any:
-        """The server's answer to a request."""
-        script, key, args = request
-        try:
-            try:
-                return await self._client.execute_command("EVALSHA", script.sha, 1, key, *args)
-            except Exception as error:
-                if not _no_script(error):
-                    raise
-            return await self._client.execute_command("EVAL", script.text, 1, key, *args)
-        except Exception as error:
-            raise _blamed(error, script.writes, self._sure) from error
-
-    async def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
-        """A piece of a node's keys, and where the next begins."""
-        try:
-            if not node:
-                after, keys = await self._client.scan(cursor, match=match, count=count)
-                return int(after), keys
-            target = self._client.get_node(node_name=node)
-            cursors, keys = await self._client.scan(cursor, match=match, count=count, target_nodes=target)
-            return int(cursors[node]), keys
-        except Exception as error:
-            raise _blamed(error, False, self._sure) from error
-
-    async def nodes(self) -> list[str]:
-        """The names of all masters of a cluster; otherwise one server, without a name."""
-        if not hasattr(self._client, "get_primaries"):
-            return [""]
-        await self._client.initialize()
-        return sorted(node.name for node in self._client.get_primaries())
-
-    async def aclose(self) -> None:
-        """The client is the user's."""
-
-
-def _without_retry(client: Any) -> bool:
-    """Whether the client is known to send everything only once."""
-    get_retry = getattr(client, "get_retry", None)
-    if get_retry is None:
-        return False
-    retry = get_retry()
-    return retry is None or getattr(retry, "_retries", 1) == 0
-
-
-def _blamed(error: Exception, writes: bool, sure: bool) -> Exception:
-    # Of a client that repeats by itself, the last failure says nothing about the attempts before.
-    return failure(error, writes and not (sure and "connecting to" in str(error)))

@@ -157,7 +157,7 @@ class PostgresStore:
                         self._prepare(connection)
                     cursor = lane.cursor(connection, statement.sql)
                     cursor.execute(statement.sql, statement.values(op), prepare=lane.prepare, binary=True)
-                    answer = statement.decode(cast(Any, cursor.pgresult), op)
+                    answer = statement.decode(cast(Any, cursor.pgresult), op, lane.coding(connection))
                     lane.settle(connection)
                 finally:
                     lane.give(connection)
@@ -186,7 +186,7 @@ class PostgresStore:
                         await self._aprepare(connection)
                     cursor = lane.cursor(connection, statement.sql)
                     await cursor.execute(statement.sql, statement.values(op), prepare=lane.prepare, binary=True)
-                    answer = statement.decode(cast(Any, cursor.pgresult), op)
+                    answer = statement.decode(cast(Any, cursor.pgresult), op, lane.coding(connection))
                     await lane.settle(connection)
                 finally:
                     await lane.give(connection)
@@ -211,7 +211,7 @@ class PostgresStore:
                 cursor.execute(statement.sql, statement.values(op), binary=True)
             except UndefinedTable as exc:
                 raise self._missing(exc) from exc
-            answer = statement.decode(cast(Any, cursor.pgresult), op)
+            answer = statement.decode(cast(Any, cursor.pgresult), op, connection.info.encoding)
             if answer is not AGAIN:
                 return cast(R, answer)
             statement = statement.then
@@ -225,7 +225,7 @@ class PostgresStore:
                 await cursor.execute(statement.sql, statement.values(op), binary=True)
             except UndefinedTable as exc:
                 raise self._missing(exc) from exc
-            answer = statement.decode(cast(Any, cursor.pgresult), op)
+            answer = statement.decode(cast(Any, cursor.pgresult), op, connection.info.encoding)
             if answer is not AGAIN:
                 return cast(R, answer)
             statement = statement.then

@@ -16,7 +16,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from resilient.errors import StoreError
 from resilient.stores._lua import decoded, purge_one, read_one, record, request
 from resilient.stores._ops import Op, Page, Purge, Record, Scan
-from resilient.stores._redis_wire import Client, Loops, Pool, TaskClient
+from resilient.stores._redis_client import Client, TaskClient
+from resilient.stores._redis_wire import Loops, Pool
 
 if TYPE_CHECKING:
     from resilient.stores._redis_bells import Listener
