@@ -7,6 +7,7 @@ loop at a time except `Timers`, which keeps the loops of different threads apart
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
@@ -19,7 +20,7 @@ from resilient.clock import Clock, Timer, in_trio
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Queue", "Race", "Timers", "calm", "race_trio", "shielded", "within"]
+__all__ = ["Queue", "Race", "Timers", "calm", "race_trio", "sheltered", "shielded", "together", "within"]
 
 GRACE = 5.0
 """How many seconds a cancelled caller still waits for what must be said before it goes."""
@@ -176,6 +177,84 @@ async def shielded(call: Callable[..., Any], /, *args: Any) -> Any:
         return task.result()
     task.cancel()
     raise TimeoutError
+
+
+async def sheltered(cancelled: bool, grace: float, call: Callable[..., Any], /, *args: Any) -> tuple[Any, bool]:
+    """Await `call(*args)` to its end, cancelled or not; from the first cancel on (`cancelled`: from now on) at most
+    `grace` seconds more, then `TimeoutError`. What it returned, and whether a cancel came that is still to be raised.
+    """
+    if in_trio():
+        import trio
+
+        deadline = trio.current_time() + grace if cancelled else math.inf
+        with trio.CancelScope(shield=True, deadline=deadline):
+            return await call(*args), False
+        raise TimeoutError
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    until = loop.time() + grace if cancelled else math.inf
+    came = False
+    task = loop.create_task(call(*args))
+    while not task.done() and loop.time() < until:
+        try:
+            await asyncio.wait([task], timeout=None if until == math.inf else until - loop.time())
+        except asyncio.CancelledError:
+            came = True
+            until = min(until, loop.time() + grace)
+    if task.done():
+        return task.result(), came
+    task.cancel()
+    raise TimeoutError
+
+
+async def together(calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
+    """Await all `calls` beside each other; as soon as one fails, cancel the others and wait for their ends.
+
+    The value of each, or the error that it ended with. Cancelled itself, it cancels them all, waits, and is cancelled.
+    """
+    results: list[Any] = [None] * len(calls)
+    if in_trio():
+        import trio
+
+        async with trio.open_nursery() as nursery:
+
+            async def run(place: int, call: Callable[[], Awaitable[Any]]) -> None:
+                try:
+                    results[place] = await call()
+                except trio.Cancelled as error:
+                    results[place] = error
+                    raise
+                except BaseException as error:
+                    results[place] = error
+                    nursery.cancel_scope.cancel()
+
+            for place, call in enumerate(calls):
+                nursery.start_soon(run, place, call)
+        return results
+    import asyncio
+
+    async def one(call: Callable[[], Awaitable[Any]]) -> Any:
+        return await call()
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    cancelled = False
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    except asyncio.CancelledError:
+        cancelled = True
+    for task in tasks:
+        task.cancel()
+    while not all(task.done() for task in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            cancelled = True
+    for place, task in enumerate(tasks):
+        results[place] = asyncio.CancelledError() if task.cancelled() else task.exception() or task.result()
+    if cancelled:
+        raise asyncio.CancelledError
+    return results
 
 
 async def calm(task: asyncio.Task[Any]) -> None:

@@ -1,4 +1,4 @@
-"""The suite that says whether a store is one: machinery. What is asked is in `_contract_cases`.
+"""The suite that says whether a store is one: machinery. What is asked: `_contract_cases`, `_contract_journal`.
 
 A case is one `async def` over a session, run three ways: by threads (nothing in it suspends, so it runs to its end at
 once), by asyncio and by trio. It needs no test framework. Nothing sleeps: what must be over is made short, and the
@@ -302,14 +302,17 @@ def cases(
     sync: bool,
     asyncio: bool,
     trio: bool,
+    journal: bool,
     advance: Callable[[float], object] | None,
     patience: float,
 ) -> list[Case]:
     """See `resilient.testing.store_contract`."""
     from resilient._contract_cases import BODIES
+    from resilient._contract_journal import JOURNAL_BODIES
 
     for name, value in (("make_store", make_store), ("advance", advance)):
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be callable, not {value!r}")
     worlds = [world for world, wanted in (("sync", sync), ("asyncio", asyncio), ("trio", trio)) if wanted]
-    return [Case(world, body, make_store, advance, patience) for world in worlds for body in BODIES]
+    bodies = (*BODIES, *JOURNAL_BODIES) if journal else BODIES
+    return [Case(world, body, make_store, advance, patience) for world in worlds for body in bodies]

@@ -1,4 +1,4 @@
-"""The suite that says whether a store is one: the cases. Their machinery is in `_contract`.
+"""The suite that says whether a store is one: the cases, but for journals. Their machinery is in `_contract`.
 
 Each case is a part of what `resilient.stores._ops` promises, and each of its checks quotes the sentence. A case runs
 unchanged in threads, asyncio and trio. Leases of `LONG` never end while it runs; those of `s.soon` do. The cases keep
@@ -456,13 +456,17 @@ async def fences_grow_whatever_removed_the_record(s: Session) -> None:
 
 
 async def pages(
-    s: Session, limit: int, text: str = "", between: Callable[[], Coroutine[Any, Any, None]] | None = None
+    s: Session,
+    limit: int,
+    text: str = "",
+    between: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    state: str = "",
 ) -> list[Record]:
     """Every record that a scan sees, each once. Something may happen `between` its pages."""
     seen: dict[str, Record] = {}
     after = ""
     for _ in range(10_000):
-        page = expect(await s.ask(Scan(after, limit, text)), Page, "Scan: a page.")
+        page = expect(await s.ask(Scan(after, limit, text, state)), Page, "Scan: a page.")
         seen.update((record.key, record) for record in page.records)
         if not page.after:
             return list(seen.values())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from resilient._types import Call
     from resilient.policy import Env
 
-__all__ = ["RUN", "Ask", "Cut", "Last", "Outcome", "Program", "Run", "Settle", "Sleep", "Wait", "adrive", "drive"]
+__all__ = ["RUN", "Ask", "Cut", "Do", "Last", "Outcome", "Program", "Run", "Settle", "Sleep", "Wait", "adrive", "drive"]
 
 
 class Outcome(Struct, eq=False):
@@ -63,6 +63,15 @@ class Ask:
         self.function = function
 
 
+class Do:
+    """Call `function` with arguments of its own; the answer is an `Outcome`."""
+
+    __slots__ = ("args", "function", "kwargs")
+
+    def __init__(self, function: Call, args: Any, kwargs: Any) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+
 class Sleep:
     """Wait for `seconds`. The answer is None, or a `Cut`."""
 
@@ -102,7 +111,7 @@ class Last:
         self.op = op
 
 
-_STEPS = frozenset((Run, Ask, Sleep, Wait, Settle, Last))
+_STEPS = frozenset((Run, Ask, Do, Sleep, Wait, Settle, Last))
 
 Program: TypeAlias = Generator[Any, Any, Outcome]
 """A durable program. It ends by yielding its outcome, or by returning it, which takes a microsecond longer.
@@ -138,6 +147,8 @@ def drive(program: Program, store: Any, env: Env, call: Call, args: Any, kwargs:
                     got = execute(step)
                 elif kind is Last:
                     got = _last(store, step.op)
+                elif kind is Do:
+                    got = _asked(step.function, step.args, step.kwargs)
                 elif kind is Ask:
                     got = _asked(step.function, args, kwargs)
                 else:
@@ -193,6 +204,8 @@ async def adrive(program: Program, store: Any, env: Env, call: Call, args: Any, 
                     got = await execute(step)
                 elif kind is Last:
                     got = await _last_shielded(store, step.op)
+                elif kind is Do:
+                    got = await _aasked(step.function, step.args, step.kwargs)
                 elif kind is Ask:
                     got = await _aasked(step.function, args, kwargs)
                 else:

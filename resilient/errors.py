@@ -191,7 +191,7 @@ class KeyReused(IdempotencyError):
 class SagaError(ResilientError):
     """A saga did not end well, or cannot go on. `saga` is its name, `id` its id."""
 
-    def __init__(self, text: str, saga: str, id: str) -> None:  # noqa: A002
+    def __init__(self, text: str, saga: str, id: str) -> None:
         super().__init__(text, saga, id)
 
     @property
@@ -218,14 +218,14 @@ class SagaStuck(SagaError, ExceptionGroup[Exception]):
     `exceptions` are their errors, `__cause__` is what made the saga fail. The other compensations have run.
     """
 
-    def __new__(cls, text: str, exceptions: Sequence[Exception], saga: str = "", id: str = "") -> Self:  # noqa: A002
+    def __new__(cls, text: str, exceptions: Sequence[Exception], saga: str = "", id: str = "") -> Self:
         made = super().__new__(cls, text, exceptions)
         made._names = saga, id
         return made
 
     _names: tuple[str, str]
 
-    def __init__(self, text: str, exceptions: Sequence[Exception], saga: str = "", id: str = "") -> None:  # noqa: A002
+    def __init__(self, text: str, exceptions: Sequence[Exception], saga: str = "", id: str = "") -> None:
         Exception.__init__(self, text, exceptions)
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 __all__ = [
     "BreakerChanged",
     "CallEnded",
+    "Compensated",
     "Event",
     "FellBack",
     "GaveUp",
@@ -21,7 +22,9 @@ __all__ = [
     "Refused",
     "Replayed",
     "Retrying",
+    "SagaEnded",
     "Sink",
+    "StepDone",
     "TimedOut",
     "Unprotected",
 ]
@@ -113,6 +116,32 @@ class Unprotected(Event):
 
     key: str
     error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone(Event):
+    """Step `step` of the saga with this `id` ended, with `error` or (None) well. `policy` is the saga's name."""
+
+    id: str
+    step: str
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class Compensated(Event):
+    """What step `step` of the saga with this `id` did is undone; with an `error` it is not, and a person is needed."""
+
+    id: str
+    step: str
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class SagaEnded(Event):
+    """The saga with this `id` is "done", "aborted" or "stuck"."""
+
+    id: str
+    state: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,6 +268,7 @@ def store_contract(
     sync: bool = True,
     asyncio: bool = True,
     trio: bool = False,
+    journal: bool = True,
     advance: Callable[[float], object] | None = None,
     patience: float = 10.0,
 ) -> list[Case]:
@@ -286,10 +287,12 @@ def store_contract(
         sync: Run the cases through `execute`, by threads. False for a store that has none.
         asyncio: Run them through `aexecute`, by asyncio tasks.
         trio: Run them through `aexecute`, by trio tasks.
+        journal: Ask for what sagas need besides: `Begin`, `Append`, `History`, and `Scan` by state. False for a store
+            that is for idempotency keys alone.
         advance: For a store whose clock is told: moves it by so many seconds. Otherwise leases are made short, and the
             store is asked again until they are over.
         patience: Real seconds to wait for what must happen soon, before it counts as broken.
     """
     from resilient._contract import cases
 
-    return cases(make_store, sync=sync, asyncio=asyncio, trio=trio, advance=advance, patience=patience)
+    return cases(make_store, sync=sync, asyncio=asyncio, trio=trio, journal=journal, advance=advance, patience=patience)

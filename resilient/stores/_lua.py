@@ -16,6 +16,8 @@ from resilient.stores._ops import (
     Abandon,
     Acquired,
     AnyOp,
+    Append,
+    Begin,
     Busy,
     Claim,
     Claimed,
@@ -23,6 +25,7 @@ from resilient.stores._ops import (
     Doubtful,
     Finish,
     Forget,
+    History,
     Read,
     Record,
     Release,
@@ -35,8 +38,9 @@ _CAP = 100 * 365.25 * 86_400
 """Longer times are this: a hundred years from now is still below 2^53 µs."""
 
 # Fields: v layout, f fence, a attempt, m mark (end of the lease, or instant of the result), o owner, p fingerprint,
-# l label, b began, r result, x instant when the result is forgotten, w somebody waits. Nothing is written before all
-# of it is found to be in order. Replicas get what was done, not the script, as they do by default since Redis 5.
+# l label, b began, r result, x instant when the result is forgotten, w somebody waits; e0, e1, … the entries of the
+# journal, c how many. Nothing is written before all that matters is found to be in order. Replicas get what was done,
+# not the script, as they do by default since Redis 5.
 _HEAD = """\
 local k,t=KEYS[1],redis.call('TIME')
 local now=t[1]*1000000+t[2]
@@ -63,7 +67,7 @@ local attempt=1
 if r[1] and not (r[7] and x<=now) then
  if r[7] then return {2,f,a,r[6],r[7]} end
  if r[5]==ARGV[1] then
-  redis.call('HSET',k,'m',string.format('%.0f',now+ARGV[2]))
+  redis.call('HSET',k,'m',string.format('%.0f',now+ARGV[2])){journal}
   return {1,f,a}
  end
  if m>now then
@@ -76,12 +80,20 @@ end
 local fence=now
 if f>=now then fence=f+1 end
 if fence>9007199254740991 or attempt>9007199254740991 then return redis.error_reply('DAMAGED fence') end
-if r[1] then redis.call('DEL',k) end
-local at=string.format('%.0f',now)
-redis.call('HSET',k,'v','1','f',string.format('%.0f',fence),'a',string.format('%.0f',attempt),
- 'm',string.format('%.0f',now+ARGV[2]),'o',ARGV[1],'p',ARGV[3],'l',ARGV[4],'b',at)
+local function s(v) return string.format('%.0f',v) end
+if attempt>1 then
+ redis.call('HSET',k,'f',s(fence),'a',s(attempt),'m',s(now+ARGV[2]),'o',ARGV[1],'p',ARGV[3])
+ if ARGV[4]~='' then redis.call('HSET',k,'l',ARGV[4]) end
+ if r[9] then redis.call('HDEL',k,'w') end
+else
+ if r[1] then redis.call('DEL',k) end
+ redis.call('HSET',k,'v','1','f',s(fence),'a','1','m',s(now+ARGV[2]),'o',ARGV[1],'p',ARGV[3],'l',ARGV[4],'b',s(now))
+end{journal}
 return {1,fence,attempt}
 """
+
+# Only where there is no journal yet: a takeover, or the owner again, finds number 0 in its place.
+_FIRST = "\nif redis.call('HSETNX',k,'e0',ARGV[7])==1 then redis.call('HSET',k,'c','1') end"
 
 _MINE = """\
 if not r[1] or r[5]~=ARGV[1] or (ARGV[2]~='0' and r[2]~=ARGV[2]) then return 0 end
@@ -93,6 +105,25 @@ _WAKE = "if r[9] then redis.pcall('PUBLISH',ARGV[3],k) end\n"
 _RENEW = """\
 if r[7] then return 0 end
 redis.call('HSET',k,'m',string.format('%.0f',now+ARGV[3]))
+return 1
+"""
+
+_COUNT = """\
+local c=n(redis.call('HGET',k,'c') or '0',0,'journal')
+if bad~='' then return redis.error_reply('DAMAGED'..bad) end
+"""
+
+_APPEND = f"""\
+if r[7] then return 0 end
+{_COUNT}local at=tonumber(ARGV[3])
+if at>c then return {{c}} end
+local mark=string.format('%.0f',now+ARGV[4])
+if at==c then
+ redis.call('HSET',k,'e'..ARGV[3],ARGV[6],'c',string.format('%.0f',c+1),'m',mark)
+else
+ redis.call('HSET',k,'m',mark)
+end
+if ARGV[5]~='' then redis.call('HSET',k,'l',ARGV[5]) end
 return 1
 """
 
@@ -117,14 +148,31 @@ if r[9] then redis.call('HDEL',k,'w') end
 {_WAKE}return 1
 """
 
-_READ = """\
+_SHOW = """\
 if not r[1] or (r[7] and x<=now) then return false end
+if ARGV[2]~='' and ARGV[2]~=(r[7] and 'done' or m>now and 'running' or 'in doubt') then return false end
 local s=redis.call('HMGET',k,'l','b')
 local b=n(s[2],0,'began')
 if not s[1] then bad=bad..' label' end
 if bad~='' then return redis.error_reply('DAMAGED'..bad) end
 if ARGV[1]~='' and not string.find(s[1],ARGV[1],1,true) then return false end
-return {now,f,a,m,x,b,r[5],r[6],s[1],r[7]}
+local shown={now,f,a,m,x,b,r[5],r[6],s[1],r[7]}
+"""
+
+_READ = _SHOW + "return shown\n"
+
+# In pieces, as a call takes only so many arguments. One that is missing ends it, whatever the count says.
+_HISTORY = f"""\
+{_SHOW}{_COUNT}local journal={{}}
+while #journal<c do
+ local names={{}}
+ for i=#journal,math.min(#journal+1000,c)-1 do names[#names+1]=string.format('e%.0f',i) end
+ for _,entry in ipairs(redis.call('HMGET',k,unpack(names))) do
+  if not entry then return redis.error_reply('DAMAGED journal') end
+  journal[#journal+1]=entry
+ end
+end
+return {{shown,journal}}
 """
 
 _PURGE = """\
@@ -167,12 +215,15 @@ class Request(NamedTuple):
         return b"*%d\r\n%b$%d\r\n%b\r\n%b" % (len(args) + 4, script.head, len(key), key, b"".join(parts))
 
 
-CLAIM = Script(_CLAIM)
+CLAIM = Script(_CLAIM.replace("{journal}", ""))
+BEGIN = Script(_CLAIM.replace("{journal}", _FIRST))
+APPEND = Script(_MINE + _APPEND)
 RENEW = Script(_MINE + _RENEW)
 FINISH = Script(_MINE + _FINISH)
 RELEASE = Script(_MINE + _RELEASE)
 ABANDON = Script(_MINE + _ABANDON)
 READ = Script(_READ, writes=False)
+HISTORY = Script(_HISTORY, writes=False)
 PURGE = Script(_PURGE)
 FORGET = Script(_FORGET)
 
@@ -193,9 +244,9 @@ def _str(data: Any) -> str:
     return text
 
 
-def read_one(key: bytes, text: str = "") -> Request:
-    """Ask for the record of the (whole) key, if its label contains `text`."""
-    return Request(READ, key, (_text(text),))
+def read_one(key: bytes, text: str = "", state: str = "") -> Request:
+    """Ask for the record of the (whole) key, if its label contains `text`, and it is in this state (or "": any)."""
+    return Request(READ, key, (_text(text), _text(state)))
 
 
 def purge_one(key: bytes, older_than: float) -> Request:
@@ -223,6 +274,16 @@ def _claim(op: Claim, prefix: bytes) -> Request:
     return Request(CLAIM, prefix + op.key.encode("utf-8", "surrogatepass"), args)
 
 
+def _begin(op: Begin, key: bytes, _: bytes) -> Request:
+    over = b"1" if op.take_over else b"0"
+    return Request(BEGIN, key, (_text(op.owner), _micros(op.lease), b"", _text(op.label), b"0", over, op.entry))
+
+
+def _append(op: Append, key: bytes, _: bytes) -> Request:
+    ours = (_text(op.owner), b"%d" % op.fence, b"%d" % op.at, _micros(op.lease))
+    return Request(APPEND, key, (*ours, _text(op.label), op.entry))
+
+
 def _finish(op: Finish, key: bytes, channel: bytes) -> Request:
     # At least a microsecond: no server takes 0 for a time to live.
     ttl = max(op.ttl, 1e-6)
@@ -230,6 +291,9 @@ def _finish(op: Finish, key: bytes, channel: bytes) -> Request:
 
 
 _MAKE: Mapping[type[AnyOp], Callable[[Any, bytes, bytes], Request]] = {
+    Begin: _begin,
+    Append: _append,
+    History: lambda op, key, _: Request(HISTORY, key, (b"", b"")),
     Renew: lambda op, key, _: Request(RENEW, key, (_text(op.owner), b"%d" % op.fence, _micros(op.lease))),
     Finish: _finish,
     Release: lambda op, key, channel: Request(RELEASE, key, (_text(op.owner), b"%d" % op.fence, channel)),
@@ -242,11 +306,23 @@ _MAKE: Mapping[type[AnyOp], Callable[[Any, bytes, bytes], Request]] = {
 def decoded(op: AnyOp, reply: Any) -> Any:
     """The answer to `op` that the server's `reply` stands for."""
     kind = type(op)
-    if kind is Claim:
+    if kind is Claim or kind is Begin:
         return _claimed(reply)
     if kind is Read:
         return record(op.key, reply)  # type: ignore[attr-defined]
+    if kind is History:
+        return _history(op, reply)  # type: ignore[arg-type]
+    if kind is Append and reply not in (0, 1):
+        (count,) = reply
+        raise StoreError(f"the journal of {op.key} has {count} entries: number {op.at} would leave a gap")  # type: ignore[attr-defined]
     return reply == 1
+
+
+def _history(op: History, reply: Any) -> tuple[Record | None, tuple[bytes, ...]] | None:
+    if reply is None:
+        return None
+    shown, journal = reply
+    return record(op.key, shown), tuple(journal)
 
 
 def _claimed(reply: Sequence[Any]) -> Claimed:

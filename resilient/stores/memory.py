@@ -162,7 +162,9 @@ class MemoryStore:
         if row is None or row.result is not None:
             return False
         if op.at > len(row.journal):
-            raise StoreError(f"the journal of {op.key} has {len(row.journal)} entries: number {op.at} would leave a gap")
+            raise StoreError(
+                f"the journal of {op.key} has {len(row.journal)} entries: number {op.at} would leave a gap"
+            )
         if op.at == len(row.journal):
             row.journal += (op.entry,)
         row.mark = now + op.lease

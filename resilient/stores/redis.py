@@ -119,7 +119,7 @@ class RedisStore:
             cursor, keys = yield "scan", (node, cursor, self._match, count)
             count = min(2 * count, 1000)  # the fewer there are among others' keys, the faster it goes through those
             for data in keys:
-                reply = yield "try", read_one(data, op.text)
+                reply = yield "try", read_one(data, op.text, op.state)
                 try:
                     key = data[len(self._prefix) :].decode("utf-8", "surrogatepass")
                     entry = record(key, reply)

@@ -1,0 +1,179 @@
+"""How a saga ends: kept, undone, stuck, or left for another process; one program for all of them.
+
+A driver carries it out (see `_drive`), so that it is the same for plain functions and coroutines, with a journal and
+without. Whatever goes wrong in here is said to the caller, and nothing is undone by somebody who has lost the lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from resilient._book import Lost
+from resilient._drive import Outcome, Program
+from resilient._undo import Undo, backwards, unwind
+from resilient.errors import SagaAborted, SagaError, SagaStuck, StoreError
+
+if TYPE_CHECKING:
+    from resilient._book import Book
+    from resilient._run import Run
+    from resilient.retry import Retry
+    from resilient.saga import Saga
+
+__all__ = [
+    "NOTHING",
+    "apply_async",
+    "apply_sync",
+    "child",
+    "default_retry",
+    "ended",
+    "never",
+    "raised",
+    "rollback",
+    "settle",
+]
+
+
+def default_retry() -> Retry:
+    global _retry
+    if _retry is None:
+        from resilient.retry import Retry
+
+        _retry = Retry(Exception, attempts=4, name="compensation")
+    return _retry
+
+
+_retry: Retry | None = None
+
+
+def apply_sync(function: Any, args: Any, kwargs: Any) -> Any:
+    value = function(*args, **kwargs)
+    if hasattr(value, "__await__"):
+        value.close()
+        raise TypeError(f"the compensation {function!r} is async, and this saga is not: use `async with`")
+    return value
+
+
+async def apply_async(function: Any, args: Any, kwargs: Any) -> Any:
+    value = function(*args, **kwargs)
+    return await value if hasattr(value, "__await__") else value
+
+
+def never(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("unreachable")
+
+
+class _Nothing:
+    """The store of a saga that has none."""
+
+    execute = aexecute = staticmethod(never)
+
+
+NOTHING = _Nothing()
+
+
+def raised(outcome: Outcome, error: BaseException | None) -> None:
+    final = outcome.error
+    if final is None or final is error:
+        return
+    cause = error if final.__cause__ is None else final.__cause__
+    try:
+        raise final from cause
+    finally:
+        del final, cause, outcome, error
+
+
+def settle(saga: Saga, run: Run, error: BaseException | None, guarded: Callable[..., Any]) -> Program:
+    """The end of a saga: keep, undo, or leave as it is. The outcome's error is what the block raises."""
+    run._over = True
+    book = run._book
+    if book is not None and (book.lost or isinstance(error, Lost)):
+        # Somebody else has it, or the store is gone: whatever there is to do, the journal says it to whoever comes.
+        yield from book._close()
+        return Outcome(None, error)
+    if error is None:
+        assert book is not None
+        try:
+            yield from book.finish("done", None, None)
+        except (StoreError, SagaError) as fault:
+            return Outcome(None, fault)
+        ended(saga, run, "done")
+        return Outcome(None, None)
+    failure = isinstance(error, Exception)
+    if run._forward:
+        if book is not None:
+            yield from book.relabel("stuck", stuck=[f"failed after its pivot: {error!r}"])
+            yield from book.leave()
+        ended(saga, run, "stuck")
+        if not failure:
+            return Outcome(None, error)
+        assert isinstance(error, Exception)
+        stuck = SagaStuck("it failed after its pivot, from where it cannot go back", [error], saga.name, run.id)
+        return Outcome(None, stuck)
+    if failure and saga.compensate_on is not None and error not in saga.compensate_on:
+        if book is not None:
+            yield from book.leave()
+        error.add_note(f"resilient: saga {saga.name} ({run.id}) is not undone: compensate_on does not name this error")
+        return Outcome(None, error)
+    return (yield from rollback(saga, run, error, backwards(run._stack), guarded))
+
+
+def rollback(saga: Saga, run: Run, error: BaseException, undos: list[Undo], guarded: Callable[..., Any]) -> Program:
+    """Undo, note it, and say how it ended."""
+    book = run._book
+    text = f"{type(error).__qualname__}: {error}"
+    try:
+        if book is not None and book.failed is None and book.begun:
+            yield from book.relabel("compensating", failed=text)
+        note = None if book is None else _noting(book)
+        errors, cut = yield from unwind(saga.name, run.id, undos, guarded, saga.env, note)
+        if errors:
+            if book is not None:
+                yield from book.relabel("stuck", stuck=[repr(one) for one in errors])
+                yield from book.leave()
+        elif book is not None and book.begun:
+            yield from book.finish("aborted", None, text)
+    except (StoreError, SagaError) as fault:
+        if book is not None:
+            yield from book._close()
+        fault.add_note(f"resilient: saga {saga.name} ({run.id}) is not undone to the end: recovery will go on")
+        return Outcome(None, fault if isinstance(error, Exception) else error)
+    ended(saga, run, "stuck" if errors else "aborted")
+    if cut is not None or not isinstance(error, Exception):
+        last = cut if cut is not None else error
+        for one in errors:
+            last.add_note(f"resilient: saga {saga.name} ({run.id}) is stuck: {one!r}")
+        return Outcome(None, last)
+    if errors and saga.on_stuck == "raise":
+        return Outcome(None, SagaStuck("compensations failed for good", errors, saga.name, run.id))
+    aborted = SagaAborted("a step failed, and all that was done is undone", saga.name, run.id)
+    if errors:
+        aborted = SagaAborted("a step failed, and not all that was done could be undone", saga.name, run.id)
+        for one in errors:
+            aborted.add_note(f"resilient: a compensation failed for good: {one!r}")
+    return Outcome(None, aborted)
+
+
+def _noting(book: Book) -> Callable[[Undo, BaseException | None], Generator[Any, Any, None]]:
+    def note(undo: Undo, error: BaseException | None) -> Generator[Any, Any, None]:
+        if error is None:
+            yield from book.note(undone=[undo.number])
+
+    return note
+
+
+def ended(saga: Saga, run: Run, state: str) -> None:
+    if saga.env.sinks:
+        from resilient.events import SagaEnded
+
+        saga.env.emit(SagaEnded(saga.name, run.id, state))
+
+
+def child(saga: Saga, run: Run, name: str, error: Exception, stack: list[Any], guarded: Callable[..., Any]) -> Program:
+    errors, cut = yield from unwind(name, run.id, backwards(stack), guarded, saga.env)
+    if cut is not None:
+        return Outcome(None, cut)
+    if errors:
+        return Outcome(None, SagaStuck("compensations failed for good", errors, name, run.id))
+    run._failed = None
+    return Outcome(None, SagaAborted("a step failed, and all that was done is undone", name, run.id))
