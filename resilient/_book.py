@@ -16,7 +16,7 @@ from resilient._binding import digest
 from resilient._drive import Cut, Last, Sleep
 from resilient._journal import Entry, Head, Step, read, result_form, undoing, write
 from resilient._keeper import Beat
-from resilient.errors import InFlight, SagaError, StoreError
+from resilient.errors import Incompatible, InFlight, SagaError, StoreError
 from resilient.stores._ops import Abandon, Acquired, Append, Begin, Busy, Completed, Finish
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Book:
         """The step that stands at this place of the journal, if one does. An error if it is another one."""
         step = self.steps.get(number)
         if step is not None and step.name != name:
-            raise SagaError(
+            raise Incompatible(
                 f"the body departs from its journal: step {number} was {step.name}, and now is {name}; nothing was run",
                 self.saga,
                 self.id,

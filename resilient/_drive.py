@@ -37,6 +37,16 @@ class Outcome(Struct, eq=False):
         finally:
             del error
 
+    def reraise(self, cause: BaseException) -> None:
+        """Raise the error, unless it is `cause` itself; `cause` becomes its cause where it has none."""
+        error, self.error = self.error, None
+        if error is None or error is cause:
+            return
+        try:
+            raise error from (cause if error.__cause__ is None else error.__cause__)
+        finally:
+            del error, cause
+
 
 class Cut:
     """The caller was cancelled or interrupted by `error` while the store had the operation: it may have happened."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from resilient._book import Lost
 from resilient._drive import Outcome, Program
 from resilient._undo import Undo, backwards, unwind
-from resilient.errors import SagaAborted, SagaError, SagaStuck, StoreError
+from resilient.errors import Incompatible, SagaAborted, SagaError, SagaStuck, StoreError
 
 if TYPE_CHECKING:
     from resilient._book import Book
@@ -83,7 +83,9 @@ def raised(outcome: Outcome, error: BaseException | None) -> None:
         del final, cause, outcome, error
 
 
-def settle(saga: Saga, run: Run, error: BaseException | None, guarded: Callable[..., Any]) -> Program:
+def settle(
+    saga: Saga, run: Run, error: BaseException | None, guarded: Callable[..., Any], ok: bytes | None = None
+) -> Program:
     """The end of a saga: keep, undo, or leave as it is. The outcome's error is what the block raises."""
     run._over = True
     book = run._book
@@ -94,13 +96,21 @@ def settle(saga: Saga, run: Run, error: BaseException | None, guarded: Callable[
     if error is None:
         assert book is not None
         try:
-            yield from book.finish("done", None, None)
+            yield from book.finish("done", ok, None)
         except (StoreError, SagaError) as fault:
             return Outcome(None, fault)
         ended(saga, run, "done")
         return Outcome(None, None)
     failure = isinstance(error, Exception)
+    if isinstance(error, Incompatible):
+        assert book is not None
+        yield from book.leave()
+        return Outcome(None, error)
     if run._forward:
+        if book is not None and book.body is not None:
+            yield from book.leave()
+            error.add_note(f"resilient: saga {saga.name} ({run.id}) failed after its pivot: recovery will go forward")
+            return Outcome(None, error)
         if book is not None:
             yield from book.relabel("stuck", stuck=[f"failed after its pivot: {error!r}"])
             yield from book.leave()

@@ -13,6 +13,7 @@
     │  ├─ InFlight                  another owner holds the key
     │  └─ KeyReused                 same key, other arguments
     ├─ SagaError
+    │  ├─ Incompatible              its journal is of another version, or its body departs from it
     │  ├─ SagaAborted               failed, and every compensation is done; `__cause__` is the step's error
     │  └─ SagaStuck                 an ExceptionGroup: a compensation failed for good; a person is needed
     └─ StoreError                   the store could not answer (and whether the write may have happened)
@@ -38,6 +39,7 @@ __all__ = [
     "IdempotencyError",
     "InDoubt",
     "InFlight",
+    "Incompatible",
     "KeyReused",
     "OrderWarning",
     "RateLimited",
@@ -206,6 +208,10 @@ class SagaError(ResilientError):
 
     def __str__(self) -> str:
         return f"saga {self.saga} ({self.id}): {self.args[0]}"
+
+
+class Incompatible(SagaError):
+    """The saga's journal is of another version of it, or its body departs from it: nothing was run, nothing undone."""
 
 
 class SagaAborted(SagaError):

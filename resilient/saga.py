@@ -194,8 +194,15 @@ class Saga:
         run._until = self.env.clock.now() + self.timeout
 
     def _unlimit(self) -> None:
-        self._inside.__exit__(None, None, None)
-        self._inside = None
+        if self._inside is not None:
+            self._inside.__exit__(None, None, None)
+            self._inside = None
+
+    def _limited(self, run: Run) -> Callable[[], None]:
+        """Begin the time of the steps, if it is limited; what is returned ends it."""
+        if self.timeout is not None:
+            self._limit(run)
+        return self._unlimit
 
     def _retry(self) -> Retry:
         if self.retries is not None:
@@ -263,13 +270,11 @@ class SagaRun(Run):
         self._check(function, undo.compensate, register)
         book, number = self._book, undo.number
         undo.name = undo.name or (called(function) if book is None else name_of(function, "the step"))
-        if undo.compensate is not None and register == "before":
-            self._stack.append(undo)
         if book is not None:
             form = result_form(function, undo.name)
             if book.recorded(number, undo.name) is not None and number in book.results:
                 undo.value = book.value(number, function, undo.name)
-                if undo.compensate is not None and register == "after":
+                if undo.compensate is not None:
                     self._stack.append(undo)
                 return undo.value
             if number not in book.steps:
@@ -277,6 +282,8 @@ class SagaRun(Run):
                     number, undo.name, None if undo.compensate is None else undo, 0, register == "after", self._forward
                 )
                 drive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
+        if undo.compensate is not None and register == "before":
+            self._stack.append(undo)
         run = function if retry is None and timeout is None else guarded(function, retry, timeout, self._saga.env)
         self._active = number
         try:
@@ -302,10 +309,10 @@ class SagaRun(Run):
         """
         self._late()
         made = self._branches(branches)
-        self._grouped(made)
         todo = announcing(self, made)
         if self._book is not None and todo:
             drive(one(self._book.announce(todo, self._forward)), self._book.store, self._book.env, never, (), {})
+        self._grouped(made)
         outcomes = in_threads(
             self, [(undo, function) for undo, function in made if not had(self._book, undo, function)]
         )
@@ -370,13 +377,11 @@ class AsyncSagaRun(Run):
         self._check(function, undo.compensate, register)
         book, number = self._book, undo.number
         undo.name = undo.name or (called(function) if book is None else name_of(function, "the step"))
-        if undo.compensate is not None and register == "before":
-            self._stack.append(undo)
         if book is not None:
             form = result_form(function, undo.name)
             if book.recorded(number, undo.name) is not None and number in book.results:
                 undo.value = book.value(number, function, undo.name)
-                if undo.compensate is not None and register == "after":
+                if undo.compensate is not None:
                     self._stack.append(undo)
                 return undo.value
             if number not in book.steps:
@@ -384,6 +389,8 @@ class AsyncSagaRun(Run):
                     number, undo.name, None if undo.compensate is None else undo, 0, register == "after", self._forward
                 )
                 await adrive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
+        if undo.compensate is not None and register == "before":
+            self._stack.append(undo)
         run = function if retry is None and timeout is None else guarded(function, retry, timeout, self._saga.env)
         self._active = number
         try:
@@ -420,10 +427,10 @@ class AsyncSagaRun(Run):
         """
         self._late()
         made = self._branches(branches)
-        self._grouped(made)
         todo = announcing(self, made)
         if self._book is not None and todo:
             await adrive(one(self._book.announce(todo, self._forward)), self._book.store, self._book.env, never, (), {})
+        self._grouped(made)
         outcomes = await in_tasks(
             self, [(undo, function) for undo, function in made if not had(self._book, undo, function)]
         )

@@ -185,7 +185,8 @@ class Abandon(Op[bool], frozen=True, gc=False):
 class Begin(Op[Claimed], frozen=True, gc=False):
     """`Claim` with the first entry of a journal, in one commit: `entry` is number 0 where the key is new.
 
-    Every other answer of `Claim` leaves the journal as it is. A claim that is repeated by the owner itself adds nothing.
+    Every other answer of `Claim` leaves the journal as it is; a claim that the owner itself repeats adds nothing. Where a
+    key is taken over, an empty `label` keeps the one that is there.
     """
 
     key: str
@@ -228,7 +229,7 @@ class Read(Op[Record | None], frozen=True, gc=False):
 class Scan(Op[Page], frozen=True, gc=False):
     """Up to `limit` records (a store may give some more or fewer) whose label contains `text`, from `after` on.
 
-    A `state` that is not empty is the only one wanted. Those "in doubt" are found without a look at those that are done.
+    A `state` that is not empty is the only one wanted. Those "in doubt" are found without a look at finished ones.
 
     Begin with an empty `after`, and go on with the one of each page until it is empty. Every record that is there all
     the while is seen at least once.
