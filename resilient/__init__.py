@@ -18,6 +18,7 @@ from __future__ import annotations
 TYPE_CHECKING = False  # Type checkers take it for true; importing `typing` would cost more than all the rest.
 
 if TYPE_CHECKING:
+    from resilient import sagas as sagas
     from resilient import stores as stores
     from resilient import testing as testing
     from resilient.breaker import BreakerOpen as BreakerOpen
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from resilient.breaker import SlowRate as SlowRate
     from resilient.bulkhead import Bulkhead as Bulkhead
     from resilient.clock import Clock as Clock
+    from resilient.durable import DurableSaga as DurableSaga
     from resilient.errors import BudgetSpent as BudgetSpent
     from resilient.errors import BulkheadFull as BulkheadFull
     from resilient.errors import CallTimeout as CallTimeout
     from resilient.errors import DeadlineExceeded as DeadlineExceeded
     from resilient.errors import IdempotencyError as IdempotencyError
+    from resilient.errors import Incompatible as Incompatible
     from resilient.errors import InDoubt as InDoubt
     from resilient.errors import InFlight as InFlight
     from resilient.errors import KeyReused as KeyReused
@@ -39,9 +42,13 @@ if TYPE_CHECKING:
     from resilient.errors import RateLimited as RateLimited
     from resilient.errors import Rejected as Rejected
     from resilient.errors import ResilientError as ResilientError
+    from resilient.errors import SagaAborted as SagaAborted
+    from resilient.errors import SagaError as SagaError
+    from resilient.errors import SagaStuck as SagaStuck
     from resilient.errors import StoreError as StoreError
     from resilient.events import BreakerChanged as BreakerChanged
     from resilient.events import CallEnded as CallEnded
+    from resilient.events import Compensated as Compensated
     from resilient.events import Event as Event
     from resilient.events import FellBack as FellBack
     from resilient.events import GaveUp as GaveUp
@@ -50,7 +57,9 @@ if TYPE_CHECKING:
     from resilient.events import Refused as Refused
     from resilient.events import Replayed as Replayed
     from resilient.events import Retrying as Retrying
+    from resilient.events import SagaEnded as SagaEnded
     from resilient.events import Sink as Sink
+    from resilient.events import StepDone as StepDone
     from resilient.events import TimedOut as TimedOut
     from resilient.events import Unprotected as Unprotected
     from resilient.fallback import Fallback as Fallback
@@ -71,6 +80,11 @@ if TYPE_CHECKING:
     from resilient.policy import Policy as Policy
     from resilient.ratelimit import RateLimiter as RateLimiter
     from resilient.retry import Retry as Retry
+    from resilient.saga import RESULT as RESULT
+    from resilient.saga import UNKNOWN as UNKNOWN
+    from resilient.saga import Saga as Saga
+    from resilient.saga import branch as branch
+    from resilient.saga import call as call
     from resilient.timeout import Timeout as Timeout
     from resilient.timeout import deadline as deadline
     from resilient.timeout import remaining as remaining
@@ -79,12 +93,14 @@ _HOMES = {
     "breaker": ("BreakerOpen", "CircuitBreaker", "Consecutive", "FailureRate", "SlowRate"),
     "bulkhead": ("Bulkhead",),
     "clock": ("Clock",),
+    "durable": ("DurableSaga",),
     "errors": (
         "BudgetSpent",
         "BulkheadFull",
         "CallTimeout",
         "DeadlineExceeded",
         "IdempotencyError",
+        "Incompatible",
         "InDoubt",
         "InFlight",
         "KeyReused",
@@ -92,11 +108,15 @@ _HOMES = {
         "RateLimited",
         "Rejected",
         "ResilientError",
+        "SagaAborted",
+        "SagaError",
+        "SagaStuck",
         "StoreError",
     ),
     "events": (
         "BreakerChanged",
         "CallEnded",
+        "Compensated",
         "Event",
         "FellBack",
         "GaveUp",
@@ -105,7 +125,9 @@ _HOMES = {
         "Refused",
         "Replayed",
         "Retrying",
+        "SagaEnded",
         "Sink",
+        "StepDone",
         "TimedOut",
         "Unprotected",
     ),
@@ -117,6 +139,7 @@ _HOMES = {
     "policy": ("SYSTEM", "Env", "Policy"),
     "ratelimit": ("RateLimiter",),
     "retry": ("Retry",),
+    "saga": ("RESULT", "UNKNOWN", "Saga", "branch", "call"),
     "timeout": ("Timeout", "deadline", "remaining"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -124,6 +147,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __version__ = "0.1.0"
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "__version__",
+    "sagas",
     "stores",
     "testing",
 ]
@@ -136,7 +160,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         import importlib
 
-        if name in ("stores", "testing"):
+        if name in ("sagas", "stores", "testing"):
             return importlib.import_module(f"resilient.{name}")
         if name not in _HOME:
             raise AttributeError(f"module 'resilient' has no attribute {name!r}")

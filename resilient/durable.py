@@ -1,9 +1,9 @@
 """DurableSaga: a saga whose body can be run again, so that any process can finish what another one began.
 
-Promises: the body's finished steps come from the journal and are not run again; a step that had begun is run again with
-the same `saga.step_key`; a second call with an id gets the first one's result. Does not: make the code between the steps
-durable: it must do the same each time, from its arguments and the values of the steps. n steps cost n + 1 commits and
-a look. Safe from any thread and loop.
+Promises: the body's finished steps come from the journal and are not run again; a step that had begun is run again
+with the same `saga.step_key`; a second call with an id gets the first one's result. Does not: make the code between the
+steps durable: it must do the same each time, from its arguments and the values of the steps. n steps cost n + 1 commits
+and a look. Safe from any thread and loop.
 """
 
 from __future__ import annotations
@@ -45,19 +45,23 @@ def known() -> dict[str, DurableBody]:
 class DurableSaga:
     """Make a function the body of a durable saga: `@DurableSaga("order", store="sqlite:///sagas.db")`.
 
-    The body's first parameter is the saga; `place(order, id="o-42")` runs it. Arguments and results are kept as JSON, by
-    their annotations. `version` says which bodies can read each other's journals: change it when the steps change.
+    The body's first parameter is the saga; `place(order, id="o-42")` runs it. Arguments and results are kept as JSON,
+    by their annotations. `version` says which bodies can read each other's journals: change it when the steps change.
     `in_doubt` is for a step that had begun when its process died: `"rerun"` it with the same key, or `"stuck"`, for a
     person. After `attempts` processes have died over it a saga is stuck too. The other options are those of `Saga`.
+
+    `engine` runs it elsewhere: a `resilient.engines.TemporalEngine` or `DBOSEngine` in place of a store. The body stays
+    as it is.
     """
 
-    __slots__ = ("_options", "attempts", "env", "in_doubt", "lease", "name", "store", "version")
+    __slots__ = ("_options", "attempts", "engine", "env", "in_doubt", "lease", "name", "store", "version")
 
     def __init__(
         self,
         name: str,
         *,
-        store: Any,
+        store: Any = None,
+        engine: Any = None,
         version: int = 1,
         lease: float = 30.0,
         timeout: float | None = None,
@@ -79,7 +83,12 @@ class DurableSaga:
             "version": version,
             "env": env,
         }
-        probe = Saga(name, store=store, **self._options)
+        if (store is None) == (engine is None):
+            raise TypeError("a durable saga needs a store, or an engine, and not both")
+        if engine is not None and not callable(getattr(engine, "bind", None)):
+            raise TypeError(f"engine must be an engine (see resilient.engines), not {engine!r}")
+        probe = Saga(name, store=getattr(engine, "store", store), **self._options)
+        self.engine = engine
         if in_doubt not in ("rerun", "stuck"):
             raise ValueError(f"in_doubt must be 'rerun' or 'stuck', not {in_doubt!r}")
         self.name, self.store, self.version, self.lease, self.env = name, probe.store, version, lease, env
@@ -88,6 +97,13 @@ class DurableSaga:
 
     def __call__(self, body: Callable[..., Any], /) -> DurableBody:
         """Make `body` the body of this saga. `ValueError` if another one has its name."""
+        if self.engine is not None:
+            bound: DurableBody = self.engine.bind(self, body)
+            return bound
+        return self.local(body)
+
+    def local(self, body: Callable[..., Any], /) -> DurableBody:
+        """Make `body` the body of this saga, run by this library itself, on the store."""
         kind = kind_of(body)
         if kind not in ("sync", "coro"):
             raise TypeError(f"the body of a saga must be a function or a coroutine function, not {body!r}")

@@ -1,7 +1,7 @@
 """Sagas from outside: finish what dead processes began, look at them, and decide where nobody else can.
 
-`recover` finds sagas whose lease is over and finishes them: durable bodies forward, from their journal; blocks, and whatever
-was being undone already, backwards. One saga that cannot be finished keeps no other from it. Several recoverers at once
+`recover` finds sagas whose lease is over and finishes them: durable bodies forward, from their journal; blocks, and
+whatever was being undone already, backwards. One saga that cannot be finished keeps no other from it. Several recoverers at once
 are no trouble: the lease and its fence let one of them have each saga. Safe from any thread and loop.
 """
 

@@ -19,7 +19,8 @@ FLOORS: dict[int, str] = {
     2: "policy _aio _ambient _latency _pace _threads _circuit _trip _verdict _tenacity _pybreaker "
     "_strategies _attempts retry breaker bulkhead ratelimit timeout fallback hedge",
     3: "pipeline patching __init__",
-    4: "_binding _codec _drive _keeper _once _transaction idempotency stores",
+    4: "_binding _codec _drive _keeper _once _transaction idempotency stores _undo _journal _book _run _parallel _settle saga durable sagas engines "
+    "_barrier",
     5: "testing cli demo integrations _contract _contract_cases _cli_idempotency",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

@@ -104,4 +104,4 @@ def test_type_checkers_see_the_same_names() -> None:
         if name.asname == name.name
     }
     table = {(f"resilient.{module}", name) for module, names in resilient._HOMES.items() for name in names}
-    assert seen == table | {("resilient", "stores"), ("resilient", "testing")}
+    assert seen == table | {("resilient", "sagas"), ("resilient", "stores"), ("resilient", "testing")}

@@ -185,8 +185,8 @@ class Abandon(Op[bool], frozen=True, gc=False):
 class Begin(Op[Claimed], frozen=True, gc=False):
     """`Claim` with the first entry of a journal, in one commit: `entry` is number 0 where the key is new.
 
-    Every other answer of `Claim` leaves the journal as it is; a claim that the owner itself repeats adds nothing. Where a
-    key is taken over, an empty `label` keeps the one that is there.
+    Every other answer of `Claim` leaves the journal as it is; a claim that the owner itself repeats adds nothing. Where
+    a key is taken over, an empty `label` keeps the one that is there.
     """
 
     key: str
