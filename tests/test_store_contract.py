@@ -1,6 +1,7 @@
 """The contract suite finds what is broken: stores with one fault each, and the cases that must say so.
 
-Every case of the suite (but for those about journals: `test_store_contract_journal`) is shown to fail for some store. Besides: what the suite says, and how it is called.
+Every case of the suite is shown to fail for some store (those about journals: in `test_store_contract_journal`).
+Besides: what the suite says, and how it is called.
 """
 
 from __future__ import annotations

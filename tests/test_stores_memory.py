@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from resilient._contract import Case
-from resilient.stores import Abandon, Claim, Finish, MemoryStore, Purge, Scan
+from resilient.errors import StoreError
+from resilient.stores import Abandon, Acquired, Claim, Finish, MemoryStore, Purge, Scan
+from resilient.stores._ops import Append, Begin, History
 from resilient.testing import FakeClock, store_contract
 
 
@@ -83,3 +85,36 @@ def test_a_takeover_gets_a_larger_fence_while_the_clock_stands_still() -> None:
     assert store.execute(Abandon("k", "a", 0))
     second = store.execute(Claim("k", "b", 10.0, take_over=True))
     assert (second.fence, second.attempt) == (first.fence + 1, 2)
+
+
+def test_a_gap_names_the_key_and_both_numbers() -> None:
+    store = MemoryStore()
+    got = store.execute(Begin("k", "a", 10.0, b"first"))
+    assert isinstance(got, Acquired)
+    before = store.execute(History("k"))
+    with pytest.raises(StoreError, match="the journal of k has 1 entries: number 3 would leave a gap") as caught:
+        store.execute(Append("k", "a", got.fence, 3, b"fourth", 20.0))
+    assert not caught.value.maybe_written
+    assert store.execute(History("k")) == before
+
+
+def test_a_history_that_was_given_out_stays_as_it_was() -> None:
+    store = MemoryStore()
+    got = store.execute(Begin("k", "a", 10.0, b"first", "one"))
+    assert isinstance(got, Acquired)
+    told = store.execute(History("k"))
+    assert store.execute(Append("k", "a", got.fence, 1, b"second", 10.0, "two"))
+    assert told is not None
+    assert (told[0].label, told[1]) == ("one", (b"first",))
+
+
+def test_results_whose_time_is_over_take_their_journals_along() -> None:
+    clock = FakeClock()
+    store = MemoryStore(clock)
+    got = store.execute(Begin("k", "a", 10.0, b"first"))
+    assert isinstance(got, Acquired)
+    assert store.execute(Finish("k", "a", got.fence, b"", 1.0))
+    clock.advance(2.0)
+    assert store.execute(History("k")) is None
+    store.execute(Begin("other", "a", 10.0, b""))
+    assert set(store._rows) == {"other"}
