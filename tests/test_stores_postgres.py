@@ -247,7 +247,10 @@ def test_ten_tasks_start_on_an_empty_database_and_one_gets_the_key(database: str
         made = PostgresStore(database, prefix=prefix())
         answers = await asyncio.gather(*(made.aexecute(Claim("k", f"owner-{n}", 30.0)) for n in range(10)))
         assert sorted(type(answer) is Acquired for answer in answers) == [False] * 9 + [True]
+        later = PostgresStore(database, prefix=made.prefix)
+        assert type(await later.aexecute(Claim("k", "owner-10", 30.0))) is Busy
         made.close()
+        later.close()
 
     asyncio.run(main())
 
