@@ -166,7 +166,7 @@ def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[
     charge = payments(
         calls,
         store,
-        retry("payment", 12, max(6.0, 3 * patience)),
+        retry("payment", 20, max(6.0, 3 * patience)),
         circuit("payment", ill),
         Bulkhead(32, queue=64, max_wait=attempt, name="payment"),
         attempt,

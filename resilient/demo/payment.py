@@ -63,9 +63,16 @@ def payments(
 
     # A key that is taken was a dead client's: nobody else pays this order. So no waiting in line: `InFlight` tells when
     # the lease is over, and the retry comes back then.
-    @retry
-    @Idempotent(store, key="order_id", in_doubt=settle, duplicates="raise", lease=max(1.0, 2 * attempt), name="payment")
-    @Pipeline(breaker, bulkhead, Timeout(attempt, name="payment"), env=env)
+    @Pipeline(
+        retry,
+        Idempotent(
+            store, key="order_id", in_doubt=settle, duplicates="raise", lease=max(1.0, 2 * attempt), name="payment"
+        ),
+        breaker,
+        bulkhead,
+        Timeout(attempt, name="payment"),
+        env=env,
+    )
     async def charge(order_id: str, amount: Decimal) -> Receipt:
         """One attempt. It raises only what it knows to mean that nobody was charged."""
         try:
