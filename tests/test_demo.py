@@ -568,10 +568,12 @@ def test_what_says_that_nobody_was_charged() -> None:
     assert not any(map(undone, (httpx.ReadTimeout(""), httpx.ReadError(""), httpx.WriteError(""), ValueError())))
 
 
-def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_of_the_environment_are_not_asked_and_services_share_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://192.0.2.1:3128")
-    http = open_http(5.0)
-    assert http._mounts == {}
+    http = open_http(5.0, ["http://127.0.0.1:1", "http://127.0.0.1:2"])
+    one, two, other = (http._transport_for_url(httpx.URL(f"http://127.0.0.1:{port}/orders")) for port in (1, 2, 3))
+    assert len({one, two, other}) == 3
+    assert other is http._transport
     assert http.timeout == httpx.Timeout(5.0)
     asyncio.run(http.aclose())
 
@@ -801,7 +803,9 @@ def shop_front(monkeypatch: pytest.MonkeyPatch) -> list[httpx.Request]:
         arrived.append(request)
         return httpx.Response(200, json={"order": request.url.path[8:], "charge": "ch-1"})
 
-    monkeypatch.setattr(worker, "open_http", lambda patience: httpx.AsyncClient(transport=httpx.MockTransport(fine)))
+    monkeypatch.setattr(
+        worker, "open_http", lambda patience, urls: httpx.AsyncClient(transport=httpx.MockTransport(fine))
+    )
     return arrived
 
 

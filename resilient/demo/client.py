@@ -9,7 +9,7 @@ environment are not asked.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -57,12 +57,18 @@ class Shop:
     notification: Step
 
 
-def open_http(patience: float) -> httpx.AsyncClient:
-    """A client that waits `patience` seconds for an answer, and for each other part of a call."""
-    limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
+def open_http(patience: float, urls: Iterable[str] = ()) -> httpx.AsyncClient:
+    """A client that waits `patience` seconds for an answer, and for each other part of a call.
+
+    Each of `urls` has a pool of its own: a sick service must not take the connections of the others, and the pool looks
+    through all that it has at every call. How many there are is for bulkheads to say: a pool that is full waits for
+    connections which calls that were cut off may have left behind.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     # Nothing here is encrypted, and to read the certificates of the world takes a while.
     nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    return httpx.AsyncClient(timeout=patience, limits=limits, trust_env=False, verify=nobody)
+    pools = {url: httpx.AsyncHTTPTransport(limits=limits, trust_env=False, verify=nobody) for url in urls}
+    return httpx.AsyncClient(timeout=patience, mounts=pools, trust_env=False, verify=nobody)
 
 
 class Calls:
@@ -146,8 +152,8 @@ def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[
         return Retry(transient, attempts=attempts, wait=wait, total=total, name=name)
 
     def circuit(name: str, trip: Trip) -> CircuitBreaker:
-        # A probe that gets no answer is cut off like any other attempt: its place is free again as soon.
-        return CircuitBreaker(name, trip, on=broken, cooldown=rest, probe_lease=attempt)
+        # A probe that gets no answer is cut off like any other attempt, and must be in time to say so.
+        return CircuitBreaker(name, trip, on=broken, cooldown=rest, probe_lease=2 * attempt)
 
     def outbox(order: Order) -> None:
         post(order.id)

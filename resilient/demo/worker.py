@@ -48,7 +48,7 @@ async def work(job: Job, folder: Path, began: float) -> None:
     store = stores.open(f"sqlite:///{quote(str(folder / PAYMENTS))}")
     journal = Journal(folder / JOURNAL, clock.now)
     try:
-        async with open_http(job.patience) as http:
+        async with open_http(job.patience, job.urls.values()) as http:
             calls = Calls(http, job.urls, journal)
             if job.guarded:
                 shop = guards(calls, Env(sinks=[journal]), job.patience, store, journal.post)
