@@ -23,8 +23,8 @@ class Skewed(SystemClock):
 
     def __init__(self, skew: float) -> None:
         super().__init__()
-        self.at = lambda: SystemClock.at() + skew  # type: ignore[method-assign]
-        self.now = lambda: SystemClock.now() - skew  # type: ignore[method-assign]
+        self.at = lambda: SystemClock.at() + skew
+        self.now = lambda: SystemClock.now() - skew
 
 
 @pytest.fixture(params=SERVERS)
