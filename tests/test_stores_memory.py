@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from resilient._contract import Case
-from resilient.stores import Abandon, Claim, Finish, MemoryStore, Purge, Scan
+from resilient.stores import Abandon, Bells, Claim, Finish, MemoryStore, Purge, Scan
 from resilient.testing import FakeClock, store_contract
 
 
@@ -83,3 +85,23 @@ def test_a_takeover_gets_a_larger_fence_while_the_clock_stands_still() -> None:
     assert store.execute(Abandon("k", "a", 0))
     second = store.execute(Claim("k", "b", 10.0, take_over=True))
     assert (second.fence, second.attempt) == (first.fence + 1, 2)
+
+
+def test_a_forked_child_watches_anew() -> None:
+    """A lock that another thread held at the fork, and its waiters, are none of the child's business."""
+    bells = Bells()
+    bells._lock.acquire()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            watch = bells.watch("k", task=False)
+            bells.ring("k")
+            watch.close()
+            os.write(writer, b"fine")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as told:
+        assert told.read() == b"fine"
+    os.waitpid(child, 0)
