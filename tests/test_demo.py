@@ -940,7 +940,7 @@ def test_the_report_has_a_row_for_each_number() -> None:
         "messages in the outbox": "1",
         "client killed": "twice",
         "payments replayed": "0",
-        "payments settled by asking": "0",
+        "doubts settled by asking": "0",
         "the services' ledgers say": "",
         "requests received": "8",
         "orders charged": "3",
@@ -989,9 +989,9 @@ def test_the_notes_say_how_payments_were_kept_to_one() -> None:
     assert list(report.notes(TWICE, settled))[2:5] == [
         "The payment service's ledger has 3 charges for 3 orders: none was charged twice with guards, though its "
         "client was killed twice and it crashed once itself and forgot its idempotency keys.",
-        "The store of results answered 1 payment in place of the service. In doubt, and settled by asking: 7 "
-        "payments. 2 of them the service had in its ledger, and they were not sent again. A retry that does not ask "
-        "trusts the service's memory of keys.",
+        "The store of results answered 1 payment in place of the service. Doubts settled by asking: 7. For 2 of them "
+        "the ledger had the charge, and it was not sent again. A retry that does not ask trusts the service's memory "
+        "of keys.",
         "1 order was charged twice without guards: a client that is started after a kill places again what it does "
         "not know to be done.",
     ]

@@ -52,7 +52,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
         ("messages in the outbox", str(result.outbox)),
         ("client killed", _times(result.kills)),
         ("payments replayed", str(result.tallies["payment"].replayed)),
-        ("payments settled by asking", str(result.settled)),
+        ("doubts settled by asking", str(result.settled)),
         ("the services' ledgers say", ""),
         ("requests received", str(sum(books.received.values()))),
         ("orders charged", str(len(books.charged))),
@@ -107,9 +107,9 @@ def _money(before: Result, after: Result) -> Iterator[str]:
         yield f"{ledger}: none was charged twice with guards, {ordeal}."
     if paid.replayed or after.settled:
         yield (
-            f"The store of results answered {_payments(paid.replayed)} in place of the service. In doubt, and settled "
-            f"by asking: {_payments(after.settled)}. {paid.found} of them the service had in its ledger, and they were "
-            "not sent again. A retry that does not ask trusts the service's memory of keys."
+            f"The store of results answered {_payments(paid.replayed)} in place of the service. Doubts settled by "
+            f"asking: {after.settled}. For {paid.found} of them the ledger had the charge, and it was not sent again. "
+            "A retry that does not ask trusts the service's memory of keys."
         )
     if before.books.charged_twice:
         yield (
