@@ -8,14 +8,20 @@ Costs two statements. As safe as the connection is: one thread or task at a time
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from typing import TYPE_CHECKING, Any
 
 from resilient._binding import fingerprint_of, key_text
 from resilient._codec import Form
 from resilient._once import Hold, current, was_replayed
 from resilient.errors import InDoubt, InFlight, KeyReused, StoreError
-from resilient.stores._ops import Acquired, Busy, Claim, Completed, Finish
+from resilient.stores._ops import Acquired, Busy, Claim, Completed, Doubtful, Finish
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Transaction", "TransactionClaim"]
 
 _SAVEPOINT = "resilient_claim"
+_ENDED = "was the transaction ended inside the block?"
+_DRIVERS = {"resilient.stores.sqlite": "sqlite3", "resilient.stores.postgres": "psycopg"}
 # How a store carries out an operation on a connection of the caller's.
 _ON, _AON = "on", "aon"
 
@@ -63,17 +71,24 @@ class Transaction:
 
     def __enter__(self) -> TransactionClaim:
         store = self._store(_ON)
-        store.prepare()
+        try:
+            store.prepare()
+        except StoreError as error:
+            self._unprepared(error)
+            raise
         self._outer = _block(self._connection)
         self._outer.__enter__()
         try:
-            self._claimed(store.on(self._connection, self._claim()))
+            reply = store.on(self._connection, self._claim())
+            if self._takes_over(reply):
+                reply = store.on(self._connection, self._claim(take_over=True))
+            self._claimed(reply)
             self._inner = _block(self._connection) if self._splits() else None
             if self._inner is not None:
                 self._inner.__enter__()
         except BaseException as error:
-            if not self._outer.__exit__(type(error), error, error.__traceback__):
-                raise
+            self._outer.__exit__(type(error), error, error.__traceback__)
+            raise
         return self._enter()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -94,17 +109,24 @@ class Transaction:
 
     async def __aenter__(self) -> TransactionClaim:
         store = self._store(_AON)
-        await store.aprepare()
+        try:
+            await store.aprepare()
+        except StoreError as error:
+            self._unprepared(error)
+            raise
         self._outer = _ablock(self._connection)
         await self._outer.__aenter__()
         try:
-            self._claimed(await store.aon(self._connection, self._claim()))
+            reply = await store.aon(self._connection, self._claim())
+            if self._takes_over(reply):
+                reply = await store.aon(self._connection, self._claim(take_over=True))
+            self._claimed(reply)
             self._inner = _ablock(self._connection) if self._splits() else None
             if self._inner is not None:
                 await self._inner.__aenter__()
         except BaseException as error:
-            if not await self._outer.__aexit__(type(error), error, error.__traceback__):
-                raise
+            await self._outer.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self._enter()
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -134,16 +156,34 @@ class Transaction:
                 f"`{word}` cannot use a {type(self._connection).__qualname__} here: sqlite3 and psycopg connections "
                 "take `with`, aiosqlite and psycopg's async ones `async with`"
             )
+        drivers = [_DRIVERS[cls.__module__] for cls in type(store).__mro__ if cls.__module__ in _DRIVERS]
+        if drivers and world[0] not in drivers:
+            raise TypeError(
+                f"{store!r} cannot use a {type(self._connection).__qualname__}: its own are of {drivers[0]}"
+            )
         return store
 
-    def _claim(self) -> Claim:
-        how, hold = self._policy._how, self._hold
-        return Claim(hold.stored, hold.owner, how.lease, self._print, self._label, how.in_doubt == "rerun")
+    def _unprepared(self, error: StoreError) -> None:
+        if getattr(self._connection, "in_transaction", False):
+            error.add_note(
+                "resilient: this connection is in a transaction, and the store has still to make its tables, on a "
+                "connection of its own: let it do so first (store.prepare(), or await store.aprepare())"
+            )
 
-    def _claimed(self, reply: Any) -> None:
+    def _claim(self, *, take_over: bool = False) -> Claim:
+        hold = self._hold
+        return Claim(hold.stored, hold.owner, self._policy.lease, self._print, self._label, take_over)
+
+    def _takes_over(self, reply: Any) -> bool:
+        """Whether what is in doubt is to be done again; if it is the same, which is found out first."""
         how, hold = self._policy._how, self._hold
         if type(reply) is not Acquired and self._print and reply.fingerprint not in ("", self._print):
             raise KeyReused(how.name, hold.key, reply.fingerprint, self._print)
+        return type(reply) is Doubtful and how.in_doubt == "rerun"
+
+    def _claimed(self, reply: Any) -> None:
+        how, hold = self._policy._how, self._hold
+        was_replayed.set(type(reply) is Completed)
         hold.fence, hold.attempt = reply.fence, reply.attempt
         if type(reply) is Acquired:
             return
@@ -151,19 +191,24 @@ class Transaction:
             hold.replayed = True
             how.replays += 1
             hold.result, error = self._form.outcome(reply.result)
-            was_replayed.set(True)
-            if error is not None:
-                error.add_note(f"resilient: replayed: attempt {reply.attempt} with the key {hold.key!r} ended so")
+            if error is None:
+                return
+            error.add_note(f"resilient: replayed: attempt {reply.attempt} with the key {hold.key!r} ended so")
+            try:
                 raise error
-            return
+            finally:
+                del error  # or it would be a reference cycle
         if type(reply) is Busy:
             raise InFlight(how.name, hold.key, reply.lease_left)
         how.in_doubts += 1
         raise InDoubt(how.name, hold.key, reply.attempt)
 
     def _splits(self) -> bool:
-        """Whether the work is a part of its own, so that it can be undone and an error kept all the same."""
-        return bool(self._policy.remember) and not self._hold.replayed
+        """Whether the work is a part of its own: so that it can be undone and an error kept all the same, and so that
+        SQLite, which lets everybody commit everything, tells if the transaction was ended inside.
+        """
+        how = _world(self._connection)
+        return not self._hold.replayed and (bool(self._policy.remember) or (how is not None and how[0] == "sqlite3"))
 
     def _enter(self) -> TransactionClaim:
         hold = self._hold
@@ -180,9 +225,9 @@ class Transaction:
         hold = self._hold
         if hold.replayed:
             return None
+        was_replayed.set(False)  # whatever calls of its own the block has made
         if error is None:
             data = self._form.keep(hold.result)
-            was_replayed.set(False)
         elif isinstance(error, self._policy.remember):
             data = self._form.keep_error(error)
         else:
@@ -191,7 +236,7 @@ class Transaction:
 
     def _finished(self, answer: object) -> None:
         if answer is not True:
-            raise StoreError(f"the claim of {self._hold.key!r} is gone: was the transaction ended inside the block?")
+            raise StoreError(f"the claim of {self._hold.key!r} is gone: {_ENDED}")
 
 
 # -- transactions of the drivers -------------------------------------------------------------------------------------
@@ -232,13 +277,17 @@ def _sqlite(connection: Any) -> Generator[None, None, None]:
         raise StoreError(f"no transaction could be begun: {error}") from error
     try:
         yield
+        try:
+            connection.execute(commit).close()
+        except _errors() as error:
+            if "constraint" in str(error):
+                raise  # One that is checked at the end: the user's own error.
+            raise StoreError(f"it cannot be committed: {_ENDED} ({error})") from error
     except BaseException:
         for statement in undo:
-            if connection.in_transaction:
+            with suppress(_errors()):  # It is over already.
                 connection.execute(statement).close()
         raise
-    if connection.in_transaction:
-        connection.execute(commit).close()
 
 
 @asynccontextmanager
@@ -250,13 +299,17 @@ async def _asqlite(connection: Any) -> AsyncGenerator[None, None]:
         raise StoreError(f"no transaction could be begun: {error}") from error
     try:
         yield
+        try:
+            await (await connection.execute(commit)).close()
+        except _errors() as error:
+            if "constraint" in str(error):
+                raise  # One that is checked at the end: the user's own error.
+            raise StoreError(f"it cannot be committed: {_ENDED} ({error})") from error
     except BaseException:
         for statement in undo:
-            if connection.in_transaction:
+            with suppress(_errors()):  # It is over already.
                 await (await connection.execute(statement)).close()
         raise
-    if connection.in_transaction:
-        await (await connection.execute(commit)).close()
 
 
 def _words(inside: bool) -> tuple[str, str, tuple[str, ...]]:

@@ -174,6 +174,14 @@ class Idempotent(Policy):
         """This policy for one function, checked against its parameters and what it returns."""
         return Fitted(self, target)
 
+    def sync(self, call: Call, env: Env) -> Call:
+        """Guard a plain function that shows its own parameters."""
+        return self.fit(call).sync(call, env)
+
+    def coro(self, call: Call, env: Env) -> Call:
+        """Guard a coroutine function that shows its own parameters."""
+        return self.fit(call).coro(call, env)
+
     def transaction(
         self, connection: Any, key: Any, *, payload: Any = ..., scope: str | None = None, returns: Any = Any
     ) -> Transaction:

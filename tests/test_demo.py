@@ -10,34 +10,42 @@ import os
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
-from resilient import CallTimeout, RateLimited
+from resilient import Bulkhead, CallTimeout, CircuitBreaker, Consecutive, Env, InDoubt, InFlight, RateLimited, Retry
 from resilient.clock import SystemClock
-from resilient.demo import report, services, supervisor
+from resilient.demo import report, services, supervisor, worker
 from resilient.demo import run as run_module
-from resilient.demo.client import Calls, Shop, bare, broken, open_http, place, transient
+from resilient.demo.client import Calls, Shop, bare, broken, open_http, place
+from resilient.demo.journal import Journal, Tail
 from resilient.demo.numbers import Books, Outcome, Progress, Result, Tally, quantile
 from resilient.demo.orders import BUNDLED, FIELDS, Order, OrdersError, parse, read
+from resilient.demo.payment import payments, transient, undone
 from resilient.demo.run import compare, main
 from resilient.demo.schedule import SERVICES, Episode, Fate, Schedule
 from resilient.demo.services import CRASHED, Ledger, Service, bound, serve
 from resilient.demo.supervisor import ServiceFailed, Services
 from resilient.demo.view import Board, Lines, Scene, view_for
+from resilient.demo.worker import JOB, JOURNAL, Job
 from resilient.events import (
     BreakerChanged,
     CallEnded,
@@ -45,9 +53,12 @@ from resilient.events import (
     GaveUp,
     Hedged,
     Refused,
+    Replayed,
     Retrying,
     TimedOut,
 )
+from resilient.stores._ops import Abandon, Scan
+from resilient.stores.memory import MemoryStore
 from resilient.testing import FakeClock
 from tests import make_orders
 
@@ -134,19 +145,21 @@ def test_equal_seeds_make_equal_schedules_and_others_do_not() -> None:
 
 
 def test_the_schedule_does_not_change_between_processes_and_versions() -> None:
-    assert Schedule(1, 24).episodes[0] == Episode("shipping", "hang", 2.438, 4.942, 0.592)
+    assert Schedule(1, 24).episodes[0] == Episode("payment", "errors", 2.902, 4.962, 0.605)
+    assert Schedule(1, 24).kills == (5.379, 10.303, 15.586)
     fate = Schedule(1, 24).fate("payment", 0.0, "R-2601", 0)
     assert fate == Fate(200, fate.delay)
     assert fate.delay == pytest.approx(0.088383, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_kind_of_trouble_comes_and_one_crash(seed: int) -> None:
+def test_every_kind_of_trouble_comes_and_payment_crashes(seed: int) -> None:
     schedule = Schedule(seed, 24.0)
     kinds = Counter((episode.service, episode.kind) for episode in schedule.episodes)
     assert set(kinds.values()) == {1}
     assert all(kinds[service, kind] for service in SERVICES for kind in ("errors", "slow", "hang", "refuse"))
-    assert sum(schedule.crash(service) is not None for service in SERVICES) == 1
+    assert schedule.crash("payment")
+    assert sum(schedule.crash(service) is not None for service in SERVICES) <= 2
     for service in SERVICES:
         mine = [episode for episode in schedule.episodes if episode.service == service]
         assert mine[0].start >= 2.4
@@ -155,6 +168,16 @@ def test_every_kind_of_trouble_comes_and_one_crash(seed: int) -> None:
         assert schedule.of(service, 0.0) is None
         assert schedule.of(service, mine[0].start) == mine[0]
         assert schedule.of(service, mine[0].end) != mine[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_client_is_killed_in_the_midst_of_its_work(seed: int) -> None:
+    for seconds, times in ((3.2, 1), (24.0, 3)):
+        kills = Schedule(seed, seconds).kills
+        assert len(kills) == times
+        assert all(0.2 * seconds < moment < 0.8 * seconds for moment in kills)
+        assert all(later - earlier > 2.0 for earlier, later in itertools.pairwise(kills))
+    assert kills != Schedule(seed + 1, 24.0).kills
 
 
 def fates_of(kind: str) -> list[Fate]:
@@ -275,6 +298,14 @@ def test_payment_keeps_keys_until_it_crashes_and_shipping_ships_once(tmp_path: P
     assert ship.ledger.done == {"R-1": 1}
 
 
+def test_payment_can_be_asked_what_its_ledger_has(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "l", "payment", FINE, FINE, FINE, Fate(500, 0.1))
+    answers = desk.ask(*[(method, "/orders/R-1", {}) for method in ("GET", "POST", "GET", "GET")])
+    assert [answer.status_code for answer in answers] == [404, 200, 200, 500]
+    assert answers[1].json() == answers[2].json() == {"order": "R-1", "charge": "ch-R-1-1"}
+    assert (desk.ledger.received, desk.ledger.done) == ({"R-1": 4}, {"R-1": 1})
+
+
 class Process:
     """`serve` in a thread, with an input that the test writes and an exit that the test sees."""
 
@@ -382,9 +413,9 @@ def script(path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("exit 1", "the {} service did not start: it said nothing"),
-        ("echo no such module >&2; exit 1", "the {} service did not start: no such module"),
-        ("exec cat", "the {} service did not start: it said nothing"),
+        ("exit 1", "the {} did not start: it said nothing"),
+        ("echo no such module >&2; exit 1", "the {} did not start: no such module"),
+        ("exec cat", "the {} did not start: it said nothing"),
     ],
 )
 def test_a_service_that_does_not_start_is_named_and_nothing_stays(
@@ -400,7 +431,7 @@ def test_a_service_that_does_not_start_is_named_and_nothing_stays(
 
     with pytest.raises(ServiceFailed) as caught:
         asyncio.run(start())
-    assert str(caught.value) in {fault.format(name) for name in SERVICES}
+    assert str(caught.value) in {fault.format(name) for name in ("client", *(f"{name} service" for name in SERVICES))}
     assert [path.name for path in tmp_path.iterdir()] == ["python"]
 
 
@@ -421,7 +452,7 @@ from resilient.demo.schedule import Schedule
 from resilient.demo.supervisor import Services
 
 async def main():
-    async with Services(Schedule(1, 60.0)) as services:
+    async with Services(Schedule(1, 9.0)) as services:
         print(*(child.pid for child in services._children.values()), flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
@@ -438,7 +469,7 @@ def test_children_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         assert parent.stdout is not None
         ends = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
         parent.send_signal(signal.SIGKILL)
-    assert len(ends) == 4
+    assert len(ends) == 6
     for end in ends:
         assert select.select([end], [], [], 30)[0], "an orphan is left"
         os.close(end)
@@ -447,9 +478,22 @@ def test_children_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 # -- the client ------------------------------------------------------------------------------------------------------
 
 
-def sold(handler: Callable[[httpx.Request], httpx.Response]) -> tuple[Outcome, dict[str, Tally], list[httpx.Request]]:
+def read_journal(path: Path) -> Progress:
+    """What a journal tells."""
+    progress = Progress("x", 1, SystemClock.now)
+    for entry in Tail(path):
+        progress.take(entry)
+    return progress
+
+
+RECEIPT = {"order": "R-1", "charge": "ch-R-1-1"}
+
+
+def sold(
+    path: Path, handler: Callable[[httpx.Request], httpx.Response]
+) -> tuple[Outcome, dict[str, Tally], list[httpx.Request]]:
     """How one order went, bare, with a server that answers by `handler`."""
-    tallies = {service: Tally() for service in SERVICES}
+    journal = Journal(path / "journal", SystemClock.now)
     requests: list[httpx.Request] = []
 
     def seen(request: httpx.Request) -> httpx.Response:
@@ -458,14 +502,16 @@ def sold(handler: Callable[[httpx.Request], httpx.Response]) -> tuple[Outcome, d
 
     async def main() -> Outcome:
         async with httpx.AsyncClient(transport=httpx.MockTransport(seen)) as http:
-            calls = Calls(http, {service: f"http://{service}" for service in SERVICES}, tallies)
+            calls = Calls(http, {service: f"http://{service}" for service in SERVICES}, journal)
             return await place(ORDER, bare(calls), FakeClock(start=5.0), due=3.0)
 
-    return asyncio.run(main()), tallies, requests
+    outcome = asyncio.run(main())
+    journal.close()
+    return outcome, read_journal(path / "journal").tallies, requests
 
 
-def test_an_order_asks_all_four_services() -> None:
-    outcome, tallies, requests = sold(lambda request: httpx.Response(200))
+def test_an_order_asks_all_four_services(tmp_path: Path) -> None:
+    outcome, tallies, requests = sold(tmp_path, lambda request: httpx.Response(200, json=RECEIPT))
     assert outcome == Outcome("R-1", 2.0)
     assert [(r.method, r.url.host, r.url.path) for r in requests] == [
         ("GET", "inventory", "/orders/R-1"),
@@ -473,25 +519,28 @@ def test_an_order_asks_all_four_services() -> None:
         ("PUT", "shipping", "/orders/R-1"),
         ("POST", "notification", "/orders/R-1"),
     ]
-    assert requests[1].headers["idempotency-key"] == "charge-R-1"
+    assert "idempotency-key" not in requests[1].headers
     assert json.loads(requests[1].content) == {"amount": "29.98", "currency": "EUR"}
     assert all((tally.sent, tally.answered, tally.failed) == (1, 1, 0) for tally in tallies.values())
 
 
-def test_an_order_ends_at_the_first_step_that_fails() -> None:
-    outcome, tallies, _ = sold(lambda request: httpx.Response(500 if request.url.host == "shipping" else 200))
+def test_an_order_ends_at_the_first_step_that_fails(tmp_path: Path) -> None:
+    outcome, tallies, _ = sold(
+        tmp_path,
+        lambda request: httpx.Response(500 if request.url.host == "shipping" else 200, json=RECEIPT),
+    )
     assert outcome == Outcome("R-1", 2.0, "shipping", "HTTP 500")
     assert [tally.sent for tally in tallies.values()] == [1, 1, 1, 0]
     assert tallies["shipping"].failed == 1
 
 
-def test_an_order_whose_customer_was_not_told_is_done() -> None:
+def test_an_order_whose_customer_was_not_told_is_done(tmp_path: Path) -> None:
     def deaf(request: httpx.Request) -> httpx.Response:
         if request.url.host == "notification":
             raise httpx.ReadTimeout("", request=request)
-        return httpx.Response(200)
+        return httpx.Response(200, json=RECEIPT)
 
-    outcome, _, _ = sold(deaf)
+    outcome, _, _ = sold(tmp_path, deaf)
     assert outcome == Outcome("R-1", 2.0, None, "ReadTimeout", told=False)
 
 
@@ -508,23 +557,307 @@ def test_what_is_tried_again_and_what_breaks_a_circuit() -> None:
         assert broken(error)
     assert transient(RateLimited("x"))
     assert not broken(RateLimited("x"))
+    assert transient(InDoubt("x", "k", 1))
+    assert transient(InFlight("x", "k", 1.0))
     assert not transient(KeyError())
 
 
-def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_says_that_nobody_was_charged() -> None:
+    assert [undone(failure(status)) for status in (402, 429, 503, 500, 502, 504)] == [True] * 3 + [False] * 3
+    assert all(map(undone, (httpx.ConnectError(""), httpx.ConnectTimeout(""), httpx.PoolTimeout(""))))
+    assert not any(map(undone, (httpx.ReadTimeout(""), httpx.ReadError(""), httpx.WriteError(""), ValueError())))
+
+
+def test_proxies_of_the_environment_are_not_asked_and_services_share_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://192.0.2.1:3128")
-    http = open_http(5.0)
-    assert http._mounts == {}
+    http = open_http(5.0, ["http://127.0.0.1:1", "http://127.0.0.1:2"])
+    one, two, other = (http._transport_for_url(httpx.URL(f"http://127.0.0.1:{port}/orders")) for port in (1, 2, 3))
+    assert len({one, two, other}) == 3
+    assert other is http._transport
     assert http.timeout == httpx.Timeout(5.0)
     asyncio.run(http.aclose())
+
+
+# -- payment ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The end of a client in the midst of a call."""
+
+
+class Gateway:
+    """A payment service that does to each request what its plan says, and then what is asked of it.
+
+    `fine` | `refused` (503) | `error` and `done` (500, and in the second case the work was done) | `lost` (done, and
+    the connection breaks) | `hang` and `slow` (no answer, undone and done) | `torn` (done, and the answer is no JSON) |
+    `crash` (done, the connection breaks, and the keys are forgotten) | `killed` and `paid` (the client is, before and
+    after the work).
+    """
+
+    def __init__(self, clock: FakeClock, plan: list[str]) -> None:
+        self.clock, self.plan = clock, plan
+        self.charges: Counter[str] = Counter()
+        self.keys: set[str] = set()
+        self.log: list[tuple[str, str]] = []
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        what = self.plan.pop(0) if self.plan else "fine"
+        self.log.append((request.method, what))
+        order = request.url.path.rpartition("/")[2]
+        if request.method == "POST" and what in ("fine", "done", "lost", "slow", "torn", "crash", "paid"):
+            key = request.headers["idempotency-key"]
+            self.charges[order] += key not in self.keys
+            self.keys.add(key)
+        match what:
+            case "refused":
+                return httpx.Response(503, headers={"retry-after": "1"})
+            case "error" | "done":
+                return httpx.Response(500)
+            case "hang" | "slow":
+                await self.clock.asleep(3600.0)
+            case "torn":
+                return httpx.Response(200, text="{")
+            case "killed" | "paid":
+                raise Killed
+            case "lost" | "crash":
+                self.keys -= self.keys if what == "crash" else set()
+                raise httpx.ReadError("", request=request)
+            case _:
+                pass
+        found = bool(self.charges[order])
+        return httpx.Response(200 if found else 404, json={"order": order, "charge": f"ch-{order}-1"})
+
+
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+class Till:
+    """The guarded payment step over a `Gateway`, by a clock that jumps. `pay` is called by one client after another."""
+
+    def __init__(self, path: Path, *plan: str) -> None:
+        self.clock = FakeClock()
+        self.gateway = Gateway(self.clock, list(plan))
+        self.store = MemoryStore(self.clock)
+        self.path = path
+
+    def pay(self, clients: int = 1) -> list[str]:
+        """How it ended for each client: the charge, or the name of the error."""
+        journal = Journal(self.path / "journal", self.clock.now)
+        try:
+            return asyncio.run(self._clients(clients, journal))
+        finally:
+            journal.close()
+
+    async def _clients(self, clients: int, journal: Journal) -> list[str]:
+        ends: list[str] = []
+        async with httpx.AsyncClient(transport=httpx.MockTransport(self.gateway), verify=NO_TLS) as http:
+            calls = Calls(http, {"payment": "http://payment"}, journal)
+            for _ in range(clients):
+                pay = payments(
+                    calls,
+                    self.store,
+                    Retry(transient, attempts=4, wait=0.1, name="payment"),
+                    CircuitBreaker("payment", Consecutive(50), on=broken),
+                    Bulkhead(4, name="payment"),
+                    0.4,
+                    Env(clock=self.clock, sinks=[journal]),
+                )
+                try:
+                    ends.append((await pay("R-1", Decimal("29.98"))).charge)
+                except (Exception, Killed) as error:
+                    ends.append(type(error).__name__)
+        return ends
+
+
+def test_a_payment_is_one_request_and_the_second_call_is_none(tmp_path: Path) -> None:
+    till = Till(tmp_path)
+    assert till.pay(2) == ["ch-R-1-1"] * 2
+    assert till.gateway.log == [("POST", "fine")]
+    (key,) = till.gateway.keys
+    assert len(key) == 32
+    tally = read_journal(tmp_path / "journal").tallies["payment"]
+    assert (tally.sent, tally.replayed, tally.found, tally.absent) == (1, 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "log"),
+    [
+        # The answer is lost, and the service is asked before anything is sent again.
+        (["lost", "fine"], ["POST", "GET"]),
+        (["torn", "fine"], ["POST", "GET"]),
+        (["crash", "error", "fine"], ["POST", "GET", "GET"]),
+        (["done", "refused", "fine"], ["POST", "GET", "GET"]),
+        # It had done nothing: the attempt has failed, and the next one charges.
+        (["error", "fine", "fine"], ["POST", "GET", "POST"]),
+        # Nobody answers in time: in doubt, and the next attempt asks first.
+        (["slow", "fine"], ["POST", "GET"]),
+        (["hang", "fine", "fine"], ["POST", "GET", "POST"]),
+        (["crash", "hang", "hang", "fine"], ["POST", "GET", "GET", "GET"]),
+        # It was refused at the door: nothing to ask.
+        (["refused", "fine"], ["POST", "POST"]),
+    ],
+)
+def test_a_charge_is_sent_again_only_after_the_ledger_had_none(tmp_path: Path, plan: list[str], log: list[str]) -> None:
+    till = Till(tmp_path, *plan)
+    assert till.pay() == ["ch-R-1-1"]
+    assert [method for method, _ in till.gateway.log] == log
+    assert till.gateway.charges == {"R-1": 1}
+    tally = read_journal(tmp_path / "journal").tallies["payment"]
+    assert tally.found + tally.absent == ("GET" in log)
+    assert tally.absent == (log[-2:] == ["GET", "POST"])
+
+
+def test_the_next_client_asks_what_became_of_the_payment_of_one_that_was_killed(tmp_path: Path) -> None:
+    till = Till(tmp_path, "paid")
+    assert till.pay() == ["Killed"]
+    till.gateway.keys.clear()
+    assert till.pay() == ["ch-R-1-1"]
+    assert till.gateway.log == [("POST", "paid"), ("GET", "fine")]
+    assert till.gateway.charges == {"R-1": 1}
+
+
+def test_a_claim_of_a_dead_client_is_waited_for_and_taken_over(tmp_path: Path) -> None:
+    # What a client leaves that is killed by the system: a claim whose lease runs.
+    till = Till(tmp_path, "paid")
+    till.store.execute = lambda op: True if isinstance(op, Abandon) else MemoryStore.execute(till.store, op)  # type: ignore[method-assign, assignment, return-value]
+    assert till.pay() == ["Killed"]
+    (record,) = MemoryStore.execute(till.store, Scan()).records
+    assert record.state == "running"
+    assert till.pay() == ["ch-R-1-1"]
+    assert till.clock.now() >= 1.0
+    assert till.gateway.log == [("POST", "paid"), ("GET", "fine")]
+
+
+def test_where_the_ledger_cannot_be_asked_the_payment_stays_in_doubt(tmp_path: Path) -> None:
+    till = Till(tmp_path, "slow", *["hang"] * 3)
+    assert till.pay() == ["InDoubt"]
+    assert [method for method, _ in till.gateway.log] == ["POST", "GET", "GET", "GET"]
+    till.gateway.keys.clear()
+    assert till.pay() == ["ch-R-1-1"]
+    assert till.gateway.charges == {"R-1": 1}
+
+
+WHAT = ("fine", "refused", "error", "done", "lost", "hang", "slow", "torn", "crash", "killed", "paid")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(WHAT), max_size=12))
+def test_no_plan_of_trouble_charges_twice(plan: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        till = Till(Path(folder), *plan)
+        ends = till.pay(len(plan) + 1)
+        assert till.gateway.charges == {"R-1": 1}
+        assert ends[-1] == "ch-R-1-1"
+
+
+# -- the journal and the client's process ----------------------------------------------------------------------------
+
+
+def test_a_journal_goes_on_where_another_client_was_killed(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    assert list(Tail(path)) == []
+    journal = Journal(path, lambda: 9.0)
+    tail = Tail(path)
+    journal.start(["payment"])
+    journal.place("a")
+    journal.place("b")
+    journal.end(Outcome("a", 1.5, "payment", "HTTP 500"))
+    journal.close()
+    progress = Progress("x", 3, lambda: 12.0, began=2.0)
+    with path.open("ab") as file:
+        file.write(b'["over","b"')  # torn
+    for entry in tail:
+        progress.take(entry)
+    assert (progress.placed, progress.breakers) == ({"b"}, {"payment": "closed"})
+    assert progress.outcomes == [Outcome("a", 1.5, "payment", "HTTP 500")]
+    second = Journal(path, lambda: 10.0)
+    assert second.over == {"a"}
+    second(BreakerChanged("payment", "closed", "open", "5 failures in a row"))
+    second.start(["payment"])
+    second.post("b")
+    second.post("b")
+    second.end(Outcome("b", 2.0))
+    second.close()
+    for entry in tail:
+        progress.take(entry)
+    assert second.over == {"a", "b"}
+    assert progress.outcomes[1:] == [Outcome("b", 2.0)]
+    assert (progress.in_flight, progress.outbox, progress.breakers) == (0, {"b"}, {"payment": "closed"})
+    assert progress.news == [(8.0, "payment breaker closed -> open: 5 failures in a row")]
+    with pytest.raises(ValueError, match="no such line"):
+        progress.take(["what"])
+
+
+def job(folder: Path, url: str, guarded: bool, orders: list[Order]) -> Job:
+    made = Job(dict.fromkeys(SERVICES, url), 0.0, 5.0, guarded, orders)
+    (folder / JOB).write_bytes(msgspec.json.encode(made))
+    return made
+
+
+@pytest.fixture
+def shop_front(monkeypatch: pytest.MonkeyPatch) -> list[httpx.Request]:
+    """What arrives where every address leads to a service that is always fine."""
+    arrived: list[httpx.Request] = []
+
+    def fine(request: httpx.Request) -> httpx.Response:
+        arrived.append(request)
+        return httpx.Response(200, json={"order": request.url.path[8:], "charge": "ch-1"})
+
+    monkeypatch.setattr(
+        worker, "open_http", lambda patience, urls: httpx.AsyncClient(transport=httpx.MockTransport(fine))
+    )
+    return arrived
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_client_places_what_is_not_over_yet(
+    tmp_path: Path, shop_front: list[httpx.Request], guarded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    orders = read(BUNDLED)[:3]
+    job(tmp_path, "http://shop", guarded, orders)
+    earlier = Journal(tmp_path / JOURNAL, SystemClock.now)
+    earlier.end(Outcome(orders[1].id, 1.0))
+    earlier.close()
+    mine, theirs = os.pipe()
+    os.write(theirs, f"begin {SystemClock.now()!r}\n".encode())
+    left: list[int] = []
+    gone = threading.Event()
+
+    def leave(code: int) -> None:
+        left.append(code)
+        gone.set()
+
+    worker.main(str(tmp_path), mine, leave)
+    assert capsys.readouterr().out == "ready\n"
+    assert not left
+    os.close(theirs)
+    assert gone.wait(30)
+    assert left == [0]
+    os.close(mine)
+    assert {request.url.path[8:] for request in shop_front} == {orders[0].id, orders[2].id}
+    assert len(shop_front) == 8
+    assert sum("idempotency-key" in request.headers for request in shop_front) == (2 if guarded else 0)
+    progress = read_journal(tmp_path / JOURNAL)
+    assert progress.done == 3
+    assert progress.breakers == (dict.fromkeys(SERVICES, "closed") if guarded else {})
+
+
+def test_a_client_whose_parent_is_gone_before_the_begin_does_nothing(
+    tmp_path: Path, shop_front: list[httpx.Request]
+) -> None:
+    job(tmp_path, "http://shop", True, read(BUNDLED)[:1])
+    mine, theirs = os.pipe()
+    os.close(theirs)
+    worker.main(str(tmp_path), mine, lambda code: None)
+    os.close(mine)
+    assert not shop_front
 
 
 # -- the numbers -----------------------------------------------------------------------------------------------------
 
 
-def test_events_are_counted_by_service() -> None:
-    now = [10.0]
-    progress = Progress("with guards", 3, lambda: now[0], began=8.0)
+def test_events_are_counted_by_service(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", lambda: 10.0)
     error = ValueError()
     for event in (
         Retrying("payment", 1, 0.1, error),
@@ -535,12 +868,18 @@ def test_events_are_counted_by_service() -> None:
         GaveUp("payment", 3, 1.0, error),
         BreakerChanged("payment", "closed", "open", "5 failures in a row"),
         BreakerChanged("payment", "open", "half-open", "its time is up"),
+        Replayed("payment", "R-1", 1),
         CallEnded("payment", 1.0, None),
     ):
-        progress(event)
-    assert progress.tallies["payment"] == Tally(0, 0, 0, 1, 1, 1, 1, 1, 1, 1)
+        journal(event)
+    journal.close()
+    progress = Progress("with guards", 3, lambda: 10.0, began=8.0)
+    for entry in Tail(tmp_path / "journal"):
+        progress.take(entry)
+    assert progress.tallies["payment"] == Tally(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
     assert progress.tallies["shipping"] == Tally()
     assert progress.news[0] == (2.0, "payment breaker closed -> open: 5 failures in a row")
+    assert progress.breakers == {"payment": "half-open"}
     progress.outcomes += [Outcome("a", 1.0), Outcome("b", 1.0, "payment", "HTTP 500")]
     assert progress.done == 1
 
@@ -559,7 +898,7 @@ def made(
     tallies = {service: Tally() for service in SERVICES}
     tallies["payment"].sent = sent
     books = Books(dict.fromkeys(SERVICES, 2), charged or Counter(), Counter(shipped))
-    return Result(title, outcomes, tallies, books, 1.5, 1)
+    return Result(title, outcomes, tallies, books, 1.5, 1, kills=2, crashes=1)
 
 
 BEFORE = made(
@@ -575,20 +914,21 @@ AFTER = made(
     Outcome("a", 1.0),
     Outcome("b", 3.0, told=False),
     Outcome("c", 0.3, "shipping", "BreakerOpen"),
-    charged=Counter("aabc"),
+    charged=Counter("abc"),
     shipped="ab",
     sent=6,
 )
+TWICE = made("with guards", *AFTER.outcomes, charged=Counter("aabc"), shipped="ab", sent=6)
 
 
 def test_the_ledgers_tell_what_the_client_cannot_know() -> None:
-    assert (BEFORE.books.charged_twice, AFTER.books.charged_twice) == (0, 1)
+    assert (BEFORE.books.charged_twice, AFTER.books.charged_twice, TWICE.books.charged_twice) == (0, 0, 1)
     assert (BEFORE.books.charged_not_shipped, AFTER.books.charged_not_shipped) == (1, 1)
     assert (BEFORE.books.unnoticed(BEFORE.outcomes), AFTER.books.unnoticed(AFTER.outcomes)) == (1, 0)
 
 
 def test_the_report_has_a_row_for_each_number() -> None:
-    assert dict(report.rows(AFTER)) == {
+    assert dict(report.rows(TWICE)) == {
         "the client says": "",
         "orders done": "2 of 3 (66.7 %)",
         "orders failed": "1",
@@ -598,6 +938,9 @@ def test_the_report_has_a_row_for_each_number() -> None:
         "wall time": "1.5 s",
         "customers not told": "1",
         "messages in the outbox": "1",
+        "client killed": "twice",
+        "payments replayed": "0",
+        "doubts settled by asking": "0",
         "the services' ledgers say": "",
         "requests received": "8",
         "orders charged": "3",
@@ -613,7 +956,10 @@ def test_the_notes_are_honest() -> None:
     assert notes[0] == "The guards completed 1 order more (+100 %)."
     assert notes[1].startswith("They sent 2 calls more (+50 %).")
     assert notes[2].startswith("Half of their orders took more than 1.00 s, against 0.50 s without: they wait")
-    assert notes[3].startswith("1 order was charged twice with guards")
+    assert notes[3] == (
+        "The payment service's ledger has 3 charges for 3 orders: none was charged twice with guards, though its "
+        "client was killed twice and it crashed once itself and forgot its idempotency keys."
+    )
     assert notes[4].startswith("1 order was charged with guards and never shipped")
     assert notes[5:] == [
         "Why orders failed without guards: payment: HTTP 500 (1), shipping: ReadTimeout (1).",
@@ -629,19 +975,46 @@ def test_the_notes_are_honest() -> None:
         "would have failed before.",
     ]
     fine = made("without guards", Outcome("a", 1.0))
-    assert list(report.notes(fine, fine)) == [
+    assert list(report.notes(fine, fine))[:2] == [
         "Both runs completed every order: the guards had nothing to save.",
         "They sent 0 calls more (+0 %). Some are retries and hedges; others are the later steps of orders that would "
         "have failed before.",
     ]
 
 
-def test_the_promise_is_more_orders_or_all() -> None:
+def test_the_notes_say_how_payments_were_kept_to_one() -> None:
+    settled = made("with guards", *AFTER.outcomes, charged=Counter("abc"), shipped="ab")
+    payment = settled.tallies["payment"]
+    payment.replayed, payment.found, payment.absent = 1, 2, 5
+    assert list(report.notes(TWICE, settled))[2:5] == [
+        "The payment service's ledger has 3 charges for 3 orders: none was charged twice with guards, though its "
+        "client was killed twice and it crashed once itself and forgot its idempotency keys.",
+        "The store of results answered 1 payment in place of the service. Doubts settled by asking: 7. For 2 of them "
+        "the ledger had the charge, and it was not sent again. A retry that does not ask trusts the service's memory "
+        "of keys.",
+        "1 order was charged twice without guards: a client that is started after a kill places again what it does "
+        "not know to be done.",
+    ]
+    assert list(report.notes(BEFORE, TWICE))[3] == (
+        "The payment service's ledger has 4 charges for 3 orders: 1 order was charged twice with guards. That must "
+        "not be."
+    )
+    one = made("with guards", Outcome("a", 1.0), charged=Counter("a"), shipped="a")
+    one = replace(one, kills=3, crashes=0)
+    assert list(report.notes(one, one))[2] == (
+        "The payment service's ledger has 1 charge for 1 order: none was charged twice with guards, though its client "
+        "was killed 3 times."
+    )
+
+
+def test_the_promise_is_more_orders_or_all_and_no_second_charge() -> None:
     fine = made("", Outcome("a", 1.0))
     lost = made("", Outcome("a", 1.0, "payment", "HTTP 500"))
     assert [report.kept(*pair) for pair in ((lost, fine), (fine, fine), (fine, lost), (lost, lost))] == [
         *(True, True, False, False)
     ]
+    assert report.kept(BEFORE, AFTER)
+    assert not report.kept(BEFORE, TWICE)
 
 
 def test_the_report_fits_eighty_columns_and_is_plain_data_too() -> None:
@@ -656,8 +1029,12 @@ def test_the_report_fits_eighty_columns_and_is_plain_data_too() -> None:
     assert "…" not in text
     assert "2 of 3 (66.7 %)" in text
     data = json.loads(json.dumps(report.as_data(schedule, BEFORE, AFTER)))
-    assert (data["seed"], data["promise_kept"], len(data["episodes"])) == (3, True, 17)
-    assert data["with_guards"]["charged_twice"] == 1
+    assert (data["seed"], data["promise_kept"], len(data["kills"])) == (3, True, 3)
+    assert len(data["episodes"]) in (17, 18)
+    with_guards = data["with_guards"]
+    assert (with_guards["charged_twice"], with_guards["charges"], with_guards["charged"]) == (0, 3, 3)
+    assert (with_guards["client_killed"], with_guards["payment_crashed"]) == (2, 1)
+    assert (with_guards["replayed"], with_guards["settled"]) == (0, 0)
     assert data["without_guards"]["failed"] == {"payment: HTTP 500": 1, "shipping: ReadTimeout": 1}
 
 
@@ -666,6 +1043,10 @@ def test_the_strip_of_time_shows_each_trouble() -> None:
     schedule.episodes = (Episode("payment", "hang", 2.0, 4.0, 1.0), Episode("payment", "crash", 58.0, 60.0, 1.0))
     assert report.strip(schedule, "payment") == "..HH" + "." * 54 + "XX"
     assert report.strip(schedule, "shipping") == "." * 60
+    schedule.kills = (0.5, 30.0)
+    console = Console(file=io.StringIO(), width=80)
+    report.announce(console, schedule, 1)
+    assert "  client        K" + "." * 29 + "K" + "." * 29 + "\n" in text_of(console)
 
 
 # -- the view --------------------------------------------------------------------------------------------------------
@@ -774,8 +1155,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Services]:
     made: list[Services] = []
 
     class Seen(Services):
-        def __init__(self, schedule: Schedule) -> None:
-            super().__init__(schedule)
+        def __init__(self, schedule: Schedule, orders: Sequence[Order], guarded: bool) -> None:
+            super().__init__(schedule, orders, guarded)
             made.append(self)
 
     monkeypatch.setattr(run_module, "Services", Seen)
@@ -794,7 +1175,8 @@ def test_the_whole_demo_with_a_handful_of_orders(started: list[Services]) -> Non
     view = Silent()
     before, after = asyncio.run(compare(orders, Schedule(1, 1.2), view))
     assert view.log == ["without guards", "end", "with guards", "end"]
-    assert [each.downs["inventory"] for each in started] == [1, 1]
+    assert [each.downs["payment"] for each in started] == [1, 1]
+    assert [each.downs["client"] for each in started] == [1, 1]
     for result in (before, after):
         assert {outcome.order for outcome in result.outcomes} == {order.id for order in orders}
         assert result.sent == sum(tally.sent for tally in result.tallies.values()) > 0
@@ -803,7 +1185,9 @@ def test_the_whole_demo_with_a_handful_of_orders(started: list[Services]) -> Non
         assert result.wall > 0
     assert before.outbox == sum(tally.retries + tally.hedges + tally.refused for tally in before.tallies.values()) == 0
     assert sum(tally.retries for tally in after.tallies.values()) > 0
-    assert after.outbox == after.tallies["notification"].fallbacks
+    assert (before.kills, after.kills, before.crashes, after.crashes) == (1, 1, 1, 1)
+    assert after.books.charged_twice == 0
+    assert after.outbox <= after.tallies["notification"].fallbacks
     assert after.untold == 0
     assert after.done > before.done
     assert ("down", "") in view.states
@@ -811,18 +1195,46 @@ def test_the_whole_demo_with_a_handful_of_orders(started: list[Services]) -> Non
     assert_gone(started)
 
 
-def test_an_order_that_is_lost_on_the_way_counts_as_failed() -> None:
+def test_an_order_that_is_lost_on_the_way_counts_as_failed(tmp_path: Path) -> None:
     async def fine(order: Order) -> None:
         if order.id == "R-2602":
             raise asyncio.CancelledError
 
-    progress = Progress("with guards", 3, SystemClock().now, began=SystemClock.now())
-    asyncio.run(run_module._push(read(BUNDLED)[:3], Shop(fine, fine, fine, fine), SystemClock(), progress, 0.0))
-    assert {(outcome.order, outcome.failed_at, outcome.reason) for outcome in progress.outcomes} == {
+    clock = SystemClock()
+    journal = Journal(tmp_path / "journal", clock.now)
+    asyncio.run(worker.push(read(BUNDLED)[:3], Shop(fine, fine, fine, fine), clock, journal, clock.now(), 0.0))
+    journal.close()
+    outcomes = read_journal(tmp_path / "journal").outcomes
+    assert {(outcome.order, outcome.failed_at, outcome.reason) for outcome in outcomes} == {
         ("R-2601", None, None),
         ("R-2602", "client", "lost"),
         ("R-2603", None, None),
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("echo ready; read line; echo what a day >&2; exit 3", "the client ended with 3: what a day"),
+        ("echo ready; read line; kill -9 $$", "the client ended with -9: it said nothing"),
+    ],
+)
+def test_a_client_that_comes_to_another_end_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, fault: str
+) -> None:
+    python = script(tmp_path / "python", text)
+    monkeypatch.setattr(sys, "executable", python)
+    schedule = Schedule(1, 1.0)
+    schedule.kills, schedule.episodes = (), ()
+
+    async def main() -> None:
+        async with Services(schedule) as services:
+            services.begin()
+            await services.served()
+
+    with pytest.raises(ServiceFailed) as caught:
+        asyncio.run(main())
+    assert str(caught.value) == fault
 
 
 def interrupted(sent: signal.Signals, times: int) -> BaseException | None:
@@ -836,8 +1248,10 @@ def interrupted(sent: signal.Signals, times: int) -> BaseException | None:
                 self.left -= 1
                 os.kill(os.getpid(), sent)
 
+    schedule = Schedule(1, 9.0)
+    schedule.kills = ()
     try:
-        asyncio.run(compare(read(BUNDLED)[:50], Schedule(1, 30.0), Impatient()))
+        asyncio.run(compare(read(BUNDLED)[:50], schedule, Impatient()))
     except BaseException as error:
         return error
     return None
@@ -882,8 +1296,9 @@ def ran(monkeypatch: pytest.MonkeyPatch, result: object, **changed: Any) -> tupl
 def test_the_exit_code_says_whether_the_promise_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code, text = ran(monkeypatch, (BEFORE, AFTER), json_path=tmp_path / "numbers.json")
     assert code == 0
-    assert text.startswith("resilient demo: 120 orders over 3.2 s, seed 3, on 127.0.0.1 only")
+    assert text.startswith("resilient demo: 80 orders over 3.2 s, seed 3, on 127.0.0.1 only")
     assert json.loads((tmp_path / "numbers.json").read_text())["promise_kept"] is True
+    assert ran(monkeypatch, (BEFORE, TWICE))[0] == 1
     code, text = ran(monkeypatch, (AFTER, BEFORE), quick=False)
     assert code == 1
     assert text.startswith("resilient demo: 600 orders over 24 s, seed 3, on 127.0.0.1 only")

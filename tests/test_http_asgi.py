@@ -686,6 +686,23 @@ def test_responses_that_are_not_remembered_free_the_key(world: World) -> None:
     world.run(main)
 
 
+def test_a_fault_of_your_own_function_is_the_applications_to_report() -> None:
+    async def act(app: App, scope: Any, receive: Receive, send: Send) -> None:
+        try:
+            await answer(send)
+        except ZeroDivisionError:
+            await answer(send, b"sorry", 500)
+
+    async def main() -> None:
+        def broken(status: int) -> bool:
+            raise ZeroDivisionError
+
+        reply = await ask(guarded(App(act), remember=broken))
+        assert (reply.status, reply.body, reply.whole) == (500, b"sorry", True)
+
+    asyncio.run(main())
+
+
 # -- the store -------------------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resilient import integrations
 from resilient._drive import RUN, Outcome, Program, drive
 from resilient.errors import InDoubt, InFlight, KeyReused, StoreError
+from resilient.integrations import asgi, wsgi
 from resilient.integrations._halves import NO_CALL, STARTED, Keyed, KeyedTasks, first_half, second_half
 from resilient.integrations._http import (
     Answer,
@@ -410,6 +412,14 @@ def test_a_store_must_serve_the_world_of_the_application() -> None:
         Keyed(app, 7)
     with pytest.raises(TypeError, match="one for plain functions"):
         Keyed(app, Threaded(Plain()))
+
+
+def test_the_package_has_what_it_says() -> None:
+    assert integrations.IdempotencyMiddleware is asgi.IdempotencyMiddleware
+    assert integrations.IdempotencyWSGIMiddleware is wsgi.IdempotencyWSGIMiddleware
+    assert integrations.Request is Request
+    with pytest.raises(AttributeError, match=r"resilient\.integrations.* has no attribute 'flask'"):
+        integrations.flask  # type: ignore[attr-defined]  # noqa: B018  # pyright: ignore
 
 
 def test_a_url_names_a_store_that_is_shared() -> None:

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
 
 import httpx
 import pytest
@@ -591,6 +593,38 @@ def test_a_record_that_is_no_response_runs_nothing() -> None:
     store._rows[key].result = b"\x80"
     reply = ask(guard)
     assert (reply.status, reply.problem, app.calls) == (503, "store-unavailable", 1)
+
+
+# -- the protocol ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["list", "parts", "write"])
+@pytest.mark.parametrize("length", [(), (("Content-Length", "4"),)])
+def test_both_sides_keep_to_the_protocol(way: str, length: tuple[tuple[str, str], ...]) -> None:
+    results: list[Parts] = []
+
+    def act(app: App, environ: Any, start_response: Any) -> Iterable[bytes]:
+        assert environ["wsgi.input"].read(2) == b"{}"
+        write = start_response("200 OK", [("Content-Type", "text/plain"), *length])
+        if way == "list":
+            return [b"ab", b"cd"]
+        if way == "write":
+            write(b"ab")
+        results.append(Parts([b"cd"] if way == "write" else [b"ab", b"cd"]))
+        return results[-1]
+
+    guard = validator(guarded(validator(App(act))))
+    replies = [Reply(), Reply()]
+    for reply in replies:
+        environ = environ_of()
+        setup_testing_defaults(environ)
+        result: Any = guard(environ, lambda line, headers, exc_info=None, reply=reply: reply.start(line, headers))
+        for part in result:
+            reply.parts.append(part)
+        result.close()
+        assert (reply.line, reply.body) == ("200 OK", b"abcd")
+    assert [reply.replayed for reply in replies] == [False, True]
+    assert [result.closed for result in results] == ([] if way == "list" else [1])
 
 
 # -- over the wire ---------------------------------------------------------------------------------------------------

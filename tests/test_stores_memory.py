@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from resilient._contract import Case
 from resilient.errors import StoreError
-from resilient.stores import Abandon, Acquired, Claim, Finish, MemoryStore, Purge, Scan
+from resilient.stores import Abandon, Acquired, Bells, Claim, Finish, MemoryStore, Purge, Scan
 from resilient.stores._ops import Append, Begin, History
 from resilient.testing import FakeClock, store_contract
 
@@ -118,3 +120,23 @@ def test_results_whose_time_is_over_take_their_journals_along() -> None:
     assert store.execute(History("k")) is None
     store.execute(Begin("other", "a", 10.0, b""))
     assert set(store._rows) == {"other"}
+
+
+def test_a_forked_child_watches_anew() -> None:
+    """A lock that another thread held at the fork, and its waiters, are none of the child's business."""
+    bells = Bells()
+    bells._lock.acquire()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            watch = bells.watch("k", task=False)
+            bells.ring("k")
+            watch.close()
+            os.write(writer, b"fine")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as told:
+        assert told.read() == b"fine"
+    os.waitpid(child, 0)

@@ -34,6 +34,9 @@ from resilient.stores import (
     StoreError,
     Threaded,
 )
+from resilient.stores._pg_pool import SyncLane, TooBusy
+from resilient.stores._pg_sql import AGAIN, Statement
+from resilient.stores.postgres import _forked
 from tests._faulty import FaultProxy
 from tests._servers import Postgres, postgres_database
 
@@ -43,7 +46,13 @@ CLOCK = SystemClock()
 @pytest.fixture(scope="module")
 def server() -> Iterator[Postgres]:
     """A server of this file's own, which it may stop."""
-    with Postgres() as made:
+    with Postgres(fsync=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def database(server: Postgres) -> Iterator[str]:
+    with postgres_database(server.url) as made:
         yield made
 
 
@@ -54,9 +63,16 @@ def proxy(server: Postgres) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def url(server: Postgres) -> Iterator[str]:
-    with postgres_database(server.url) as made:
-        yield made
+def url(database: str) -> str:
+    """A database that is empty, and to which nobody is connected any more."""
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(
+            "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        admin.execute("DROP SCHEMA public CASCADE")
+        admin.execute("CREATE SCHEMA public")
+    return database
 
 
 def through(proxy: FaultProxy, url: str) -> str:
@@ -300,16 +316,16 @@ def test_restarts_under_load_give_no_wrong_answer_and_errors_say_what_may_have_b
 
     with ThreadPoolExecutor(4) as threads:
         workers = [threads.submit(work, n) for n in range(4)]
-        for how in ("immediate", "fast"):
-            count = len(done)
-            while len(done) < count + 100:
-                assert not any(worker.done() for worker in workers)
-            server.stop(how)
-            server.start()
-        count = len(done)
-        while len(done) < count + 100:
-            pass
-        stop.set()
+        try:
+            for how in ("immediate", "fast", None):
+                count = len(done)
+                while len(done) < count + 100:
+                    assert not any(worker.done() for worker in workers)
+                if how is not None:
+                    server.stop(how)
+                    server.start()
+        finally:
+            stop.set()
         assert all(worker.result() for worker in workers)
     assert not wrong
     for name, maybe in done.items():
@@ -522,3 +538,96 @@ def test_a_listener_that_finds_no_server_ends_when_told(server: Postgres) -> Non
     assert thread is not None
     store.close()
     assert not thread.is_alive()
+
+
+# -- moments that are hard to meet -----------------------------------------------------------------------------------
+
+
+def test_a_connection_that_fails_while_it_is_set_up_is_no_writing(ask: World, proxy: FaultProxy) -> None:
+    proxy.drop()
+    met = proxy.arm("cut request", lambda chunk: b"SET SESSION" in chunk)
+    with pytest.raises(StoreError, match="cannot be reached") as caught:
+        ask(Claim("k", "a", 30.0))
+    assert met.is_set()
+    assert not caught.value.maybe_written
+    assert type(ask(Claim("k", "a", 30.0))) is Acquired
+
+
+@pytest.mark.parametrize("op", [Claim("k", "a", 30.0), Read("k")], ids=lambda op: type(op).__name__)
+def test_an_answer_that_never_stands_is_an_error_in_the_end(op: Op[Any], ask: World, url: str) -> None:
+    statement = Statement("SELECT 1", lambda *_: AGAIN, values=lambda _: {}, writes=type(op) is Claim)
+    ask.store._statements[type(op)] = statement
+    with pytest.raises(StoreError, match="gave no answer") as caught:
+        ask(op)
+    assert caught.value.maybe_written == (type(op) is Claim)
+    with psycopg.connect(url) as user, pytest.raises(StoreError, match="gave no answer"):
+        ask.store.on(user, op)
+
+    async def main() -> None:
+        async with await psycopg.AsyncConnection.connect(url) as user:
+            await ask.store.aon(user, op)
+
+    with pytest.raises(StoreError, match="gave no answer"):
+        asyncio.run(main())
+
+
+def test_a_statement_that_was_rolled_back_for_others_is_repeated(ask: World) -> None:
+    errors: list[Exception] = [psycopg.errors.SerializationFailure(), psycopg.errors.DeadlockDetected()]
+
+    def decode(*_: object) -> bool:
+        if errors:
+            raise errors.pop()
+        return True
+
+    ask.store._statements[Read] = Statement("SELECT 1", decode, values=lambda _: {}, writes=False)
+    assert ask(Read("k")) is True
+
+
+class Meanwhile:
+    """A lock that somebody else had, who did `work` in the meantime."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def __enter__(self) -> None:
+        self.work()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_two_threads_that_begin_at_once_share_one_lane_and_one_listener(url: str) -> None:
+    store = PostgresStore(url)
+    lane: Any = object()
+    store._lock = Meanwhile(lambda: setattr(store, "_threads", lane))  # type: ignore[assignment]  # pyright: ignore
+    assert store._lane() is lane
+    ear, thread = store._ear, threading.current_thread()
+    ear._lock = Meanwhile(lambda: setattr(ear, "_thread", thread))  # type: ignore[assignment]  # pyright: ignore
+    ear.start()
+    assert (ear._thread, ear._stop) == (thread, None)
+
+
+class Snatched(list[None]):
+    """A stack whose last token another thread takes at the last moment."""
+
+    def __delitem__(self, index: object) -> None:
+        raise IndexError
+
+
+def test_a_connection_that_another_thread_takes_at_the_last_moment_is_not_used_by_two(url: str) -> None:
+    lane = SyncLane(url, 1, 5.0)
+    lane._tokens = Snatched([None])
+    with pytest.raises(TooBusy):
+        lane.take(CLOCK.now())
+
+
+def test_after_a_fork_nothing_of_the_parent_is_touched(url: str) -> None:
+    store = PostgresStore(url)
+    mine = store.execute(Claim("k", "a", 30.0))
+    parents: Any = store._lane()
+    _forked()
+    assert store._lane() is not parents
+    assert store.execute(Claim("k", "a", 30.0)) == mine
+    assert not parents.idle[0].closed
+    parents.close()
+    store.close()

@@ -96,6 +96,13 @@ def test_a_damaged_record_is_an_error_that_says_what_is_wrong(
     assert not caught.value.maybe_written
 
 
+def test_a_record_that_says_nothing_of_waiters_has_none(table: tuple[PostgresStore, psycopg.Connection[Any]]) -> None:
+    store, user = table
+    put(user, awaited=None)
+    assert type(store.execute(Claim("k", "b", 9.0, awaited=True))) is Busy
+    assert user.execute("SELECT awaited FROM resilient_records").fetchone() == (True,)
+
+
 def test_text_that_is_not_what_it_should_be_is_an_error(postgres_url: str) -> None:
     name = "resilient_ascii"
     url = urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}"))
@@ -171,7 +178,7 @@ ANSWERS: dict[type[Any], tuple[type[Any], ...]] = {
 }
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=rows, ops=st.lists(operations, min_size=1, max_size=4))
 def test_no_row_makes_anything_but_an_answer_or_a_store_error(
     row: dict[str, Any], ops: list[Any], table: tuple[PostgresStore, psycopg.Connection[Any]]

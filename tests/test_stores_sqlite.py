@@ -322,7 +322,7 @@ def test_many_readers_at_once_are_not_all_kept() -> None:
     readers = [store._file._open_reader() for _ in range(12)]
     store._file._free.extend(readers)
     for _ in range(8):
-        store.execute(Read("k"))
+        assert store._file.peek(Read("k")) is None
     assert len(store._file._free) == 8
     store.close()
 

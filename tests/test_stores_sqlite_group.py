@@ -729,7 +729,7 @@ def test_before_a_fork_everything_is_closed_between_two_batches(
 ) -> None:
     monkeypatch.setattr(_sqlite_group, "_groups", {store._group})
     gate, callers = Gate(store), Callers(store)
-    store.execute(Read("k"))
+    store._file.peek(Read("k"))
     inside, go = gate.hold("COMMIT")
     callers.call(Claim("first", "a", 10.0))
     inside.wait()
@@ -836,8 +836,15 @@ def test_a_reader_that_cannot_be_opened_is_an_error(store: SQLiteStore, monkeypa
     closed.close()
     monkeypatch.setattr(store._file, "_connect", lambda: closed)
     with pytest.raises(StoreError, match="closed database"):
-        store.execute(Read("k"))
+        store._file.peek(Read("k"))
     store._file._close_reader()  # there is none
+
+
+def test_who_only_looks_may_be_the_first_to_come(store: SQLiteStore) -> None:
+    store.close()
+    assert store._file.peek(Read("k")) is None
+    store._group._call()  # nobody leads, so nobody is rung
+    assert store._group._leader is None
 
 
 def test_who_comes_second_to_open_finds_it_open(store: SQLiteStore) -> None:

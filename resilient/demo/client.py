@@ -1,22 +1,25 @@
 """The client: the four calls of an order, bare and guarded, and the order that they make.
 
 `Calls` is what a careful person writes with httpx alone: one attempt, a time limit, errors by status. `guards` puts a
-pipeline around each of its methods, and changes nothing else: the comparison is of these, with everything else equal.
-For asyncio. Requests go to the addresses given and nowhere else: proxies of the environment are not asked.
+pipeline around each of the steps (payment has a module of its own), and changes nothing else: the comparison is of
+these, with everything else equal. For asyncio. Requests go to the addresses given and nowhere else: proxies of the
+environment are not asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import ssl
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx
+import msgspec
 import tenacity
 
 from resilient import (
     Bulkhead,
-    CallTimeout,
     CircuitBreaker,
     Consecutive,
     Env,
@@ -31,13 +34,15 @@ from resilient import (
     Timeout,
 )
 from resilient.clock import Clock
-from resilient.demo.numbers import Outcome, Tally
+from resilient.demo.journal import Journal
+from resilient.demo.numbers import Outcome, Receipt
 from resilient.demo.orders import Order
+from resilient.demo.payment import payments, transient
 
 if TYPE_CHECKING:
     from resilient._trip import Trip
 
-__all__ = ["Calls", "Shop", "bare", "broken", "guards", "open_http", "place", "transient"]
+__all__ = ["Calls", "Shop", "bare", "broken", "guards", "open_http", "place"]
 
 Step: TypeAlias = Callable[[Order], Awaitable[None]]
 
@@ -52,59 +57,77 @@ class Shop:
     notification: Step
 
 
-def open_http(patience: float) -> httpx.AsyncClient:
-    """A client that waits `patience` seconds for an answer, and for each other part of a call."""
-    limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
-    return httpx.AsyncClient(timeout=patience, limits=limits, trust_env=False)
+def open_http(patience: float, urls: Iterable[str] = ()) -> httpx.AsyncClient:
+    """A client that waits `patience` seconds for an answer, and for each other part of a call.
+
+    Each of `urls` has a pool of its own: a sick service must not take the connections of the others, and the pool looks
+    through all that it has at every call. How many there are is for bulkheads to say: a pool that is full waits for
+    connections which calls that were cut off may have left behind.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # Nothing here is encrypted, and to read the certificates of the world takes a while.
+    nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    pools = {url: httpx.AsyncHTTPTransport(limits=limits, trust_env=False, verify=nobody) for url in urls}
+    return httpx.AsyncClient(timeout=patience, mounts=pools, trust_env=False, verify=nobody)
 
 
 class Calls:
-    """The calls as they are without guards. Each that leaves is counted in the tally of its service."""
+    """The calls as they are without guards. Each that leaves is counted in the journal."""
 
-    def __init__(self, http: httpx.AsyncClient, urls: dict[str, str], tallies: dict[str, Tally]) -> None:
-        self._http, self._urls, self._tallies = http, urls, tallies
+    def __init__(self, http: httpx.AsyncClient, urls: dict[str, str], journal: Journal) -> None:
+        self._http, self._urls, self._journal = http, urls, journal
 
     async def inventory(self, order: Order) -> None:
         """Look whether the product is in stock. Changes nothing, so it may run twice at a time."""
-        await self._send("inventory", "GET", order, params={"sku": order.sku, "quantity": order.quantity})
+        await self._send("inventory", "GET", order.id, params={"sku": order.sku, "quantity": order.quantity})
 
-    async def payment(self, order: Order) -> None:
-        """Charge the customer. The key tells the gateway that a second request is the same charge."""
-        json = {"amount": str(order.total), "currency": "EUR"}
-        await self._send("payment", "POST", order, json=json, headers={"idempotency-key": f"charge-{order.id}"})
+    async def charge(self, order_id: str, amount: Decimal, key: str | None = None) -> Receipt:
+        """Charge the customer. A key tells the gateway that a second request is the same charge, while it remembers."""
+        headers = {} if key is None else {"idempotency-key": key}
+        json = {"amount": str(amount), "currency": "EUR"}
+        answer = await self._send("payment", "POST", order_id, json=json, headers=headers)
+        return msgspec.json.decode(answer.content, type=Receipt)
+
+    async def receipt(self, order_id: str) -> Receipt | None:
+        """Ask the gateway's ledger what it has for an order."""
+        answer = await self._send("payment", "GET", order_id, fine=404)
+        found = answer.status_code != 404
+        receipt = msgspec.json.decode(answer.content, type=Receipt) if found else None
+        self._journal.count("payment", "found" if found else "absent")
+        return receipt
 
     async def shipping(self, order: Order) -> None:
         """Put the parcel of this order on the list; it is the same parcel however often this runs."""
         json = {"name": order.customer, "address": order.address, "country": order.country, "product": order.product}
-        await self._send("shipping", "PUT", order, json=json)
+        await self._send("shipping", "PUT", order.id, json=json)
 
     async def notification(self, order: Order) -> None:
         """Tell the customer. A second message is no harm worth losing the first for."""
         json = {"to": order.email, "text": f"{order.product} ({order.quantity}) is on its way."}
-        await self._send("notification", "POST", order, json=json)
+        await self._send("notification", "POST", order.id, json=json)
 
-    async def _send(self, service: str, method: str, order: Order, **request: Any) -> None:
-        tally = self._tallies[service]
-        tally.sent += 1
+    async def _send(
+        self, service: str, method: str, order_id: str, fine: int | None = None, **request: Any
+    ) -> httpx.Response:
+        self._journal.count(service, "sent")
         try:
-            answer = await self._http.request(method, f"{self._urls[service]}/orders/{order.id}", **request)
-            answer.raise_for_status()
+            answer = await self._http.request(method, f"{self._urls[service]}/orders/{order_id}", **request)
+            if answer.status_code != fine:
+                answer.raise_for_status()
         except httpx.HTTPError:
-            tally.failed += 1
+            self._journal.count(service, "failed")
             raise
-        tally.answered += 1
+        self._journal.count(service, "answered")
+        return answer
 
 
 def bare(calls: Calls) -> Shop:
     """The steps with no guards."""
-    return Shop(calls.inventory, calls.payment, calls.shipping, calls.notification)
 
+    async def payment(order: Order) -> None:
+        await calls.charge(order.id, order.total)
 
-def transient(error: BaseException) -> bool:
-    """Whether trying again may help, and does no harm: each of the four calls may be repeated (see `Calls`)."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in (429, 500, 502, 503, 504)
-    return isinstance(error, (httpx.TransportError, CallTimeout, Rejected))
+    return Shop(calls.inventory, payment, calls.shipping, calls.notification)
 
 
 def broken(error: BaseException) -> bool:
@@ -114,8 +137,11 @@ def broken(error: BaseException) -> bool:
     return not isinstance(error, Rejected)
 
 
-def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop:
-    """The steps with guards, in the recommended order. `patience` is what the bare calls wait for an answer."""
+def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[str], object]) -> Shop:
+    """The steps with guards. `patience` is what the bare calls wait for an answer.
+
+    `store` keeps what became of each payment; `post` puts the message about an order into the outbox.
+    """
     attempt = max(0.4, patience / 8)
     rest = max(0.2, patience / 16)
     # Retries cope with a service that fails every other call; a circuit is for one that fails nearly all of them.
@@ -126,8 +152,14 @@ def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop
         return Retry(transient, attempts=attempts, wait=wait, total=total, name=name)
 
     def circuit(name: str, trip: Trip) -> CircuitBreaker:
-        # A probe that gets no answer is cut off like any other attempt: its place is free again as soon.
-        return CircuitBreaker(name, trip, on=broken, cooldown=rest, probe_lease=attempt)
+        # A probe that gets no answer is cut off like any other attempt, and must be in time to say so.
+        return CircuitBreaker(name, trip, on=broken, cooldown=rest, probe_lease=2 * attempt)
+
+    def outbox(order: Order) -> None:
+        post(order.id)
+
+    async def payment(order: Order) -> None:
+        await charge(order.id, order.total)
 
     inventory = Pipeline(
         Hedge(attempt / 3, idempotent=True, name="inventory"),
@@ -137,12 +169,14 @@ def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop
         Timeout(attempt, name="inventory"),
         env=env,
     )
-    payment = Pipeline(
-        retry("payment", 12, max(6.0, 3 * patience)),
+    charge = payments(
+        calls,
+        store,
+        retry("payment", 20, max(6.0, 3 * patience)),
         circuit("payment", ill),
         Bulkhead(32, queue=64, max_wait=attempt, name="payment"),
-        Timeout(attempt, name="payment"),
-        env=env,
+        attempt,
+        env,
     )
     shipping = Pipeline(
         retry("shipping", 12, max(6.0, 3 * patience)),
@@ -153,7 +187,7 @@ def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop
         env=env,
     )
     notification = Pipeline(
-        Fallback(outbox.append, name="notification"),
+        Fallback(outbox, name="notification"),
         retry("notification", 3, max(1.5, patience / 2)),
         circuit("notification", ill),
         RateLimiter(60, burst=20, max_wait=attempt / 2, name="notification"),
@@ -161,9 +195,8 @@ def guards(calls: Calls, env: Env, patience: float, outbox: list[Order]) -> Shop
         Timeout(attempt / 2, name="notification"),
         env=env,
     )
-    return Shop(
-        inventory(calls.inventory), payment(calls.payment), shipping(calls.shipping), notification(calls.notification)
-    )
+
+    return Shop(inventory(calls.inventory), payment, shipping(calls.shipping), notification(calls.notification))
 
 
 async def place(order: Order, shop: Shop, clock: Clock, due: float) -> Outcome:

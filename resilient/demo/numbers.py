@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from resilient.demo.schedule import SERVICES
-from resilient.events import BreakerChanged, Event, FellBack, GaveUp, Hedged, Refused, Retrying, TimedOut
 
-__all__ = ["Books", "Outcome", "Progress", "Result", "Tally", "quantile"]
+__all__ = ["Books", "Outcome", "Progress", "Receipt", "Result", "Tally", "quantile"]
 
 
 @dataclass(slots=True)
@@ -27,6 +27,17 @@ class Tally:
     fallbacks: int = 0
     gave_up: int = 0
     opened: int = 0
+    replayed: int = 0  # calls that the store of idempotent results answered
+    found: int = 0  # calls of unknown outcome that had had their effect, as the service's ledger said when asked
+    absent: int = 0  # and those that had had none
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """That an order was charged, as the payment service says."""
+
+    order: str
+    charge: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +53,46 @@ class Outcome:
 
 @dataclass(slots=True)
 class Progress:
-    """One run while it goes on. As a sink of an `Env` it counts what the policies decide."""
+    """One run while it goes on, as the client's journal tells it."""
 
     title: str
     total: int
     now: Callable[[], float]
     began: float = 0.0
-    in_flight: int = 0
+    placed: set[str] = field(default_factory=set[str])
     tallies: dict[str, Tally] = field(default_factory=lambda: {service: Tally() for service in SERVICES})
     outcomes: list[Outcome] = field(default_factory=list[Outcome])
     news: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
+    breakers: dict[str, str] = field(default_factory=dict[str, str])
+    outbox: set[str] = field(default_factory=set[str])
 
-    def __call__(self, event: Event) -> None:
-        tally = self.tallies[event.policy]
-        match event:
-            case Retrying():
-                tally.retries += 1
-            case Refused():
-                tally.refused += 1
-            case TimedOut():
-                tally.timeouts += 1
-            case Hedged():
-                tally.hedges += 1
-            case FellBack():
-                tally.fallbacks += 1
-            case GaveUp():
-                tally.gave_up += 1
-            case BreakerChanged():
-                tally.opened += event.new == "open"
-                self.tell(f"{event.policy} breaker {event.old} -> {event.new}: {event.reason}")
+    def take(self, entry: Sequence[Any]) -> None:
+        """Learn from a line of the journal."""
+        match entry:
+            case ["count", service, what]:
+                tally = self.tallies[service]
+                setattr(tally, what, getattr(tally, what) + 1)
+            case ["place", order]:
+                self.placed.add(order)
+            case ["over", order, *rest]:
+                self.placed.discard(order)
+                self.outcomes.append(Outcome(order, *rest))
+            case ["outbox", order]:
+                self.outbox.add(order)
+            case ["start", breakers]:
+                self.placed.clear()
+                self.breakers = dict.fromkeys(breakers, "closed")
+            case ["breaker", now, service, old, new, reason]:
+                self.breakers[service] = new
+                self.tallies[service].opened += new == "open"
+                self.news.append((now - self.began, f"{service} breaker {old} -> {new}: {reason}"))
             case _:
-                pass
+                raise ValueError(f"a journal has no such line: {entry!r}")
+
+    @property
+    def in_flight(self) -> int:
+        """Orders in work."""
+        return len(self.placed)
 
     def tell(self, text: str) -> None:
         """Put a line among the news, at this second of the run."""
@@ -123,6 +143,8 @@ class Result:
     books: Books
     wall: float
     outbox: int
+    kills: int = 0  # of the client
+    crashes: int = 0  # of the payment service
 
     @property
     def done(self) -> int:
@@ -133,6 +155,11 @@ class Result:
     def sent(self) -> int:
         """Calls that left the client."""
         return sum(tally.sent for tally in self.tallies.values())
+
+    @property
+    def settled(self) -> int:
+        """Payments of unknown outcome that were settled by asking the service."""
+        return self.tallies["payment"].found + self.tallies["payment"].absent
 
     @property
     def untold(self) -> int:

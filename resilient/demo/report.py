@@ -25,7 +25,14 @@ STRIP = 60
 
 
 def kept(before: Result, after: Result) -> bool:
-    """Whether the guards did what they are for: more orders done than without them (or all, where both did all)."""
+    """Whether the guards did what they are for: nobody charged twice, and more orders done than without them.
+
+    Or all of them, where both did all.
+    """
+    return not after.books.charged_twice and _helped(before, after)
+
+
+def _helped(before: Result, after: Result) -> bool:
     return after.done > before.done or after.done == before.done == len(after.outcomes)
 
 
@@ -43,6 +50,9 @@ def rows(result: Result) -> list[tuple[str, str]]:
         ("wall time", f"{result.wall:.1f} s"),
         ("customers not told", str(result.untold)),
         ("messages in the outbox", str(result.outbox)),
+        ("client killed", _times(result.kills)),
+        ("payments replayed", str(result.tallies["payment"].replayed)),
+        ("doubts settled by asking", str(result.settled)),
         ("the services' ledgers say", ""),
         ("requests received", str(sum(books.received.values()))),
         ("orders charged", str(len(books.charged))),
@@ -57,7 +67,7 @@ def notes(before: Result, after: Result) -> Iterator[str]:
     gained = after.done - before.done
     if gained > 0:
         yield f"The guards completed {_orders(gained)} more ({_percent(gained, before.done)})."
-    elif kept(before, after):
+    elif _helped(before, after):
         yield "Both runs completed every order: the guards had nothing to save."
     else:
         yield f"The guards did not keep their promise: {_orders(after.done)} done, {before.done} without them."
@@ -72,11 +82,7 @@ def notes(before: Result, after: Result) -> Iterator[str]:
             f"Half of their orders took more than {medians[1]:.2f} s, against {medians[0]:.2f} s without: they wait "
             "for sick services to come back, and others queue behind them. Without guards only the lucky ones count."
         )
-    if after.books.charged_twice:
-        yield (
-            f"{_were(after.books.charged_twice)} charged twice with guards: the payment service forgot its "
-            "idempotency keys when it crashed, and retries did the rest. Retries alone cannot mend that."
-        )
+    yield from _money(before, after)
     if after.books.charged_not_shipped:
         yield (
             f"{_were(after.books.charged_not_shipped)} charged with guards and never shipped. Somebody must refund "
@@ -88,13 +94,38 @@ def notes(before: Result, after: Result) -> Iterator[str]:
             yield f"Why orders failed {result.title}: {most}."
 
 
+def _money(before: Result, after: Result) -> Iterator[str]:
+    """Who was charged how often, from the payment service's own ledger, and how that came about."""
+    twice, paid = after.books.charged_twice, after.tallies["payment"]
+    ledger = f"The payment service's ledger has {_charges(after)} for {_orders(len(after.books.charged))}"
+    ordeal = f"though its client was killed {_times(after.kills)}"
+    if after.crashes:
+        ordeal += f" and it crashed {_times(after.crashes)} itself and forgot its idempotency keys"
+    if twice:
+        yield f"{ledger}: {_were(twice)} charged twice with guards. That must not be."
+    else:
+        yield f"{ledger}: none was charged twice with guards, {ordeal}."
+    if paid.replayed or after.settled:
+        yield (
+            f"The store of results answered {_payments(paid.replayed)} in place of the service. Doubts settled by "
+            f"asking: {after.settled}. For {paid.found} of them the ledger had the charge, and it was not sent again. "
+            "A retry that does not ask trusts the service's memory of keys."
+        )
+    if before.books.charged_twice:
+        yield (
+            f"{_were(before.books.charged_twice)} charged twice without guards: a client that is started after a kill "
+            "places again what it does not know to be done."
+        )
+
+
 def announce(console: Console, schedule: Schedule, orders: int) -> None:
     """Say what is about to happen: the seed, and the trouble that it makes, as a strip of time for each service."""
     text = f"resilient demo: {orders} orders over {schedule.seconds:g} s, seed {schedule.seed}, on {LOOPBACK} only"
     console.print(text, soft_wrap=True)
     for service in SERVICES:
         console.print(f"  {service:<12}  {strip(schedule, service)}", markup=False, soft_wrap=True)
-    console.print(f"  {'':<12}  E errors  S slow  H hang  R refuse  X crash", soft_wrap=True)
+    console.print(f"  {'client':<12}  {_kills(schedule)}", soft_wrap=True)
+    console.print(f"  {'':<12}  E errors  S slow  H hang  R refuse  X crash  K kill -9", soft_wrap=True)
 
 
 def strip(schedule: Schedule, service: str) -> str:
@@ -103,6 +134,12 @@ def strip(schedule: Schedule, service: str) -> str:
     middles = ((place + 0.5) * schedule.seconds / STRIP for place in range(STRIP))
     episodes = (schedule.of(service, middle) for middle in middles)
     return "".join(letters[episode.kind] if episode else "." for episode in episodes)
+
+
+def _kills(schedule: Schedule) -> str:
+    """The run of the client as letters, one of them for each time that it is killed."""
+    places = {int(moment / schedule.seconds * STRIP) for moment in schedule.kills}
+    return "".join("K" if place in places else "." for place in range(STRIP))
 
 
 def draw(console: Console, schedule: Schedule, before: Result, after: Result) -> None:
@@ -123,8 +160,8 @@ def draw(console: Console, schedule: Schedule, before: Result, after: Result) ->
     for note in notes(before, after):
         console.print(f"- {note}", markup=False)
     console.print(
-        f"- Without guards means: one attempt for each call, with a time limit of {schedule.patience:g} s. Latency "
-        "counts from the instant at which an order arrived.",
+        f"- Without guards means: one attempt for each call, with a time limit of {schedule.patience:g} s, and no "
+        "idempotency key. Latency counts from the instant at which an order arrived.",
         markup=False,
     )
 
@@ -147,6 +184,7 @@ def as_data(schedule: Schedule, before: Result, after: Result) -> dict[str, Any]
         "seed": schedule.seed,
         "seconds": schedule.seconds,
         "episodes": [asdict(episode) for episode in schedule.episodes],
+        "kills": list(schedule.kills),
         "without_guards": _result(before),
         "with_guards": _result(after),
         "promise_kept": kept(before, after),
@@ -165,6 +203,11 @@ def _result(result: Result) -> dict[str, Any]:
         "wall": result.wall,
         "untold": result.untold,
         "outbox": result.outbox,
+        "client_killed": result.kills,
+        "payment_crashed": result.crashes,
+        "replayed": result.tallies["payment"].replayed,
+        "settled": result.settled,
+        "charges": sum(result.books.charged.values()),
         "charged": len(result.books.charged),
         "charged_twice": result.books.charged_twice,
         "charged_not_shipped": result.books.charged_not_shipped,
@@ -183,6 +226,19 @@ def _percent(change: int, base: int) -> str:
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
+
+
+def _times(count: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _charges(result: Result) -> str:
+    count = sum(result.books.charged.values())
+    return "1 charge" if count == 1 else f"{count} charges"
+
+
+def _payments(count: int) -> str:
+    return "1 payment" if count == 1 else f"{count} payments"
 
 
 def _orders(count: int) -> str:

@@ -1,7 +1,7 @@
 """The demo from end to end: the same orders over the same schedule, first without guards, then with them.
 
-Orders arrive at an even pace and at most `CROWD` are in work at a time, in both runs. Each run has services of its own,
-started afresh. Interrupting it at any point ends every child and removes every file.
+Each run has services and a client of its own, started afresh. What the view shows is what the client's journal tells.
+Interrupting it at any point ends every child and removes every file.
 """
 
 from __future__ import annotations
@@ -19,96 +19,71 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from resilient import CircuitBreaker, Env, inspect
 from resilient.clock import SystemClock
-from resilient.demo.client import Calls, Shop, bare, guards, open_http, place
-from resilient.demo.numbers import Books, Outcome, Progress, Result
+from resilient.demo.journal import Tail
+from resilient.demo.numbers import Books, Progress, Result
 from resilient.demo.orders import Order, OrdersError, read
 from resilient.demo.report import announce, as_data, draw, kept
-from resilient.demo.schedule import SERVICES, Schedule
-from resilient.demo.supervisor import ServiceFailed, Services
+from resilient.demo.schedule import Schedule
+from resilient.demo.supervisor import CLIENT, ServiceFailed, Services
 from resilient.demo.view import Scene, View, view_for
 
-__all__ = ["CROWD", "FULL", "QUICK", "compare", "main", "run"]
+__all__ = ["FULL", "QUICK", "compare", "main", "run"]
 
-CROWD = 64
 FULL = (24.0, 100_000)  # seconds of the schedule, and the most orders that it takes
-QUICK = (3.2, 120)
+QUICK = (3.2, 80)
 
 
 async def run(orders: Sequence[Order], schedule: Schedule, guarded: bool, view: View) -> Result:
     """Push `orders` through services of their own, and read the ledgers when all is over."""
     clock = SystemClock()
     progress = Progress("with guards" if guarded else "without guards", len(orders), clock.now)
-    outbox: list[Order] = []
-    async with Services(schedule) as services, open_http(schedule.patience) as http:
-        calls = Calls(http, services.urls, progress.tallies)
-        shop = guards(calls, Env(sinks=[progress]), schedule.patience, outbox) if guarded else bare(calls)
+    async with Services(schedule, orders, guarded) as services:
         services.begin()
         progress.began = services.began
-        view.begin(_scene(progress, services, shop))
-        watcher = asyncio.create_task(_watch(view, clock, progress, services))
+        tail = Tail(services.journal)
+        view.begin(_scene(progress, services))
+        watcher = asyncio.create_task(_watch(view, clock, progress, services, tail))
         try:
-            await _push(orders, shop, clock, progress, schedule.seconds / len(orders))
+            await services.served()
             wall = progress.elapsed
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
+            _read(tail, progress)
             view.end()
         await services.all_up()
         books = await _books(services.urls)
-    return Result(progress.title, progress.outcomes, progress.tallies, books, wall, len(outbox))
+    kills, crashes = services.downs[CLIENT], services.downs["payment"]
+    return Result(
+        progress.title, progress.outcomes, progress.tallies, books, wall, len(progress.outbox), kills, crashes
+    )
 
 
-async def _push(orders: Sequence[Order], shop: Shop, clock: SystemClock, progress: Progress, gap: float) -> None:
-    crowd = asyncio.Semaphore(CROWD)
-
-    async def one(order: Order, due: float) -> None:
-        async with crowd:
-            progress.in_flight += 1
-            try:
-                progress.outcomes.append(await place(order, shop, clock, due))
-            finally:
-                progress.in_flight -= 1
-
-    async with asyncio.TaskGroup() as group:
-        for number, order in enumerate(orders):
-            due = progress.began + number * gap
-            await clock.asleep(due - clock.now())
-            group.create_task(one(order, due))
-    # A task that ends as cancelled though nobody cancelled it is a fault of ours. It must show in the report.
-    ended = {outcome.order for outcome in progress.outcomes}
-    lost = (order.id for order in orders if order.id not in ended)
-    progress.outcomes += [Outcome(order, progress.elapsed, "client", "lost") for order in lost]
-
-
-def _scene(progress: Progress, services: Services, shop: Shop) -> Scene:
-    breakers = {
-        service: policy
-        for service in SERVICES
-        for policy in inspect(getattr(shop, service))
-        if isinstance(policy, CircuitBreaker)
-    }
-
+def _scene(progress: Progress, services: Services) -> Scene:
     def trouble(service: str) -> str:
         if not services.up[service]:
             return "down"
         episode = services.schedule.of(service, progress.elapsed)
         return "" if episode is None else episode.kind
 
-    def breaker(service: str) -> str:
-        return breakers[service].state if service in breakers else ""
-
-    return Scene(progress, trouble, breaker)
+    return Scene(progress, trouble, lambda service: progress.breakers.get(service, ""))
 
 
-async def _watch(view: View, clock: SystemClock, progress: Progress, services: Services) -> None:
+def _read(tail: Tail, progress: Progress) -> None:
+    for entry in tail:
+        progress.take(entry)
+
+
+async def _watch(view: View, clock: SystemClock, progress: Progress, services: Services, tail: Tail) -> None:
     up = dict(services.up)
     while True:
-        for service, now in services.up.items():
-            if now != up[service]:
-                progress.tell(f"{service} process {'is back' if now else 'is gone: it crashed'}")
+        for name, now in services.up.items():
+            if now != up[name]:
+                end = "was killed" if name == CLIENT else "crashed"
+                progress.tell(f"{name} process {'is back' if now else f'is gone: it {end}'}")
         up = dict(services.up)
+        _read(tail, progress)
         view.tick()
         await clock.asleep(view.every)
 

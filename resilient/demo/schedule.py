@@ -1,6 +1,7 @@
-"""When each service misbehaves, and how: a pure function of the seed.
+"""When each service misbehaves, and how, and when the client is killed: a pure function of the seed.
 
-`Schedule(seed, seconds)` deals each service episodes of trouble over the run, and one of them a crash. `fate` says what
+`Schedule(seed, seconds)` deals each service episodes of trouble over the run, and a crash to payment and to one by lot
+(which may be payment again, and then stays the only one). `kills` are the moments of the client. `fate` says what
 happens to one request: it depends on seed, service, order, how often that order came before, and the second of the run
 in which it comes. It draws from generators of its own, so that requests in another order meet the same fates.
 """
@@ -62,13 +63,14 @@ class Schedule:
     def __init__(self, seed: int, seconds: float) -> None:
         self.seed, self.seconds = seed, seconds
         self.episodes = tuple(self._deal())
+        self.kills = tuple(self._moments())
 
     def _deal(self) -> list[Episode]:
         rng = random.Random(f"schedule {self.seed}")
-        victim = rng.choice(SERVICES)
+        victims = ("payment", rng.choice(SERVICES))
         episodes: list[Episode] = []
         for service in SERVICES:
-            kinds: list[Kind] = [*TROUBLES, "crash"] if service == victim else [*TROUBLES]
+            kinds: list[Kind] = [*TROUBLES, "crash"] if service in victims else [*TROUBLES]
             rng.shuffle(kinds)
             # The first tenth of the run is calm, and the last, so that the recovery can be seen.
             slot = 0.8 * self.seconds / len(kinds)
@@ -78,6 +80,13 @@ class Schedule:
                 share = rng.uniform(*_SHARES[kind])
                 episodes.append(Episode(service, kind, round(start, 3), round(start + length, 3), round(share, 3)))
         return sorted(episodes, key=lambda episode: (episode.start, episode.service))
+
+    def _moments(self) -> list[float]:
+        """The seconds at which the client is killed, in the midst of its work and some time apart."""
+        rng = random.Random(f"kills {self.seed}")
+        times = 3 if self.seconds >= 10 else 1
+        slot = 0.6 * self.seconds / times
+        return [round(0.2 * self.seconds + slot * (place + rng.uniform(0.1, 0.6)), 3) for place in range(times)]
 
     def of(self, service: str, elapsed: float) -> Episode | None:
         """The trouble that `service` is in at that second of the run, if any. A service is in one at a time."""

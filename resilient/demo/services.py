@@ -73,7 +73,8 @@ class Service:
     """One service: its routes, its ledger, and its bad days.
 
     Payment keeps the answers of idempotency keys in memory, where a crash loses them: a fault on purpose, and one that
-    real gateways have had. Shipping is a PUT, and so the same however often it comes. Inventory changes nothing.
+    real gateways have had. Its ledger it never forgets, and a GET asks it about an order: the receipt, or 404. Shipping
+    is a PUT, and so the same however often it comes. Inventory changes nothing.
     """
 
     def __init__(self, name: str, schedule: Schedule, ledger: Ledger, clock: Clock) -> None:
@@ -98,7 +99,8 @@ class Service:
         order: str = request.path_params["order"]
         before = self.ledger.receive(order)
         fate = self.schedule.fate(self.name, self.elapsed(), order, before)
-        if fate.works:
+        asked = self.name == "payment" and request.method == "GET"
+        if fate.works and not asked:
             self._work(order, request.headers.get("idempotency-key"))
         await self.clock.asleep(HANG if fate.hangs else fate.delay)
         if fate.retry_after is not None:
@@ -107,6 +109,10 @@ class Service:
             )
         if fate.status != 200:
             return Response("something broke\n", fate.status)
+        if self.name == "payment":
+            # The first charge of an order is the one that its receipt is for.
+            charged = self.ledger.done[order]
+            return JSONResponse({"order": order, "charge": f"ch-{order}-1"}, 200 if charged else 404)
         return JSONResponse({"order": order, "service": self.name})
 
     def _work(self, order: str, key: str | None) -> None:

@@ -1,8 +1,8 @@
 """What the ASGI and the WSGI middleware share: their options, and the program of a call cut in two at the call.
 
 Promises: a request is claimed before the application is called (`first_half`), and its response is stored when its last
-part is there (`second_half`), whoever sends that and whatever the application does afterwards. Does no I/O. Costs a
-microsecond or two a request beside the program itself. Safe from any thread and loop.
+part is there (`second_half`), whoever sends that and whatever the application does afterwards. Does no I/O. Costs some
+tens of microseconds a request, most of them in the program itself. Safe from any thread and loop.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         """Pass the response on, but for its end, which waits until it is stored."""
-        if message["type"] == "http.response.start":
+        if message["type"] == "http.response.start" and not self._ended:
             headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message.get("headers", ())]
             self._recorder.start(message["status"], headers)
             self._start = message

@@ -134,15 +134,14 @@ class _Lane(Park, Generic[C]):
         self._wake()
 
     def _reuse(self) -> C | None:
-        while self.idle:
+        while True:
             try:
                 connection = self.idle.pop()
             except IndexError:
-                break
+                return None
             if connection.usable():
                 return connection
             connection.end()
-        return None
 
     def _give(self, connection: C) -> None:
         try:
@@ -154,11 +153,12 @@ class _Lane(Park, Generic[C]):
             self._free()
 
     def _close_idle(self) -> None:
-        while self.idle:
+        while True:
             try:
-                self.idle.pop().end()
+                connection = self.idle.pop()
             except IndexError:
-                break
+                return
+            connection.end()
 
     def close(self) -> None:
         """Close those that are idle, and the others when they are given back."""

@@ -112,7 +112,7 @@ new AS (
     RETURNING r.fence, r.attempt, r.mark),
 heard AS (
     UPDATE {prefix}records AS r SET awaited = true FROM seen
-    WHERE %(awaited)s AND r.key = %(key)s AND seen.free IS NOT TRUE AND NOT seen.awaited
+    WHERE %(awaited)s AND r.key = %(key)s AND seen.free IS NOT TRUE AND seen.awaited IS NOT TRUE
         AND r.fence = seen.fence AND r.expires IS NULL AND r.mark > seen.now
     RETURNING true)
 SELECT true AS new, fence::int8, attempt::int8, NULL::text, NULL::text, mark::float8, NULL::float8, NULL::bytea,

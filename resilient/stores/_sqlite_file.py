@@ -102,6 +102,13 @@ class File:
         except TROUBLE as error:
             raise wrapped(error, self.path) from error
 
+    def look(self, op: AnyOp) -> Any:
+        """The same by the connection that writes, for who leads: what it reads is what a write needs next."""
+        try:
+            return self.sql.peek(self.ready(), op, self.at())
+        except TROUBLE as error:
+            raise wrapped(error, self.path) from error
+
     def roll_back(self) -> None:
         """Roll back what the writer has begun."""
         writer = self.writer

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Group"]
 
 # Why an interrupt (a signal handler that raises, an asynchronous exception) loses nothing: what a leader has done is
-# written down by statements without a call (`_stage`, `done`), between which none can come; `_leave` reads it.
+# written down by statements without a call (`stage`, `done`), between which none can come; `_leave` reads it.
 _IDLE, _BEGUN, _COMMITTING, _FAILED = range(4)
 
 _PATIENCE = 5.0  # seconds that a fork waits for what is running
@@ -56,22 +56,33 @@ class Group:
         self._leader: Job | None = None
         self._batch: Sequence[Job] = ()
         self._current: Sequence[Job] = ()
-        self._stage = _IDLE
+        self.stage = _IDLE  # anything else while somebody commits: who only looks does so beside it
         self._writer: Helper | None = None
         self._looker: Helper | None = None
 
     def run(self, job: Job) -> Any:
         """Run a job of this thread, alone or with those of others, and answer."""
+        bell = None
         try:
             with self._mutex:
-                self._queue.append(job)
                 if self._leader is None:
                     self._leader = job
-            if self._leader is not job:
-                job.bell.acquire()
+                    self._batch = (job,)
+                else:
+                    bell = job.waits()
+                    self._queue.append(job)
+            if bell is not None and self._leader is not job:
+                bell.acquire()
             if self._leader is job:
                 if job.op is None:
                     self._shut(job)
+                elif bell is None:  # alone
+                    if job.look:
+                        job.look = False
+                        job.answer = self._file.look(job.op)
+                    if job.answer is ...:
+                        self._work(self._batch)
+                    self._pass_on()
                 else:
                     self._lead()
         except BaseException:
@@ -79,12 +90,9 @@ class Group:
             raise
         return job.outcome()
 
-    def post(self, job: TaskJob, look: bool) -> None:
-        """Queue a job of a task, and return at once. Cancelled or not, it runs to its end.
-
-        `look`: it may need no write. While somebody else commits, that is found out beside it.
-        """
-        if look and self._stage:
+    def post(self, job: TaskJob) -> None:
+        """Queue a job of a task, and return at once. Cancelled or not, it runs to its end."""
+        if job.look and self.stage:
             self._looks.append(job)
             self._help(look=True)
             return
@@ -123,7 +131,8 @@ class Group:
 
     def _shut(self, job: Job) -> None:
         with self._mutex:
-            self._queue.remove(job)
+            if job in self._queue:
+                self._queue.remove(job)
             helpers = self._writer, self._looker
             self._writer = self._looker = None
         for helper in helpers:
@@ -135,7 +144,10 @@ class Group:
     def _pass_on(self) -> None:
         with self._mutex:
             self._batch = ()
-            head = self._queue[0] if self._queue else None
+            if not self._queue:
+                self._leader = None
+                return
+            head = self._queue[0]
             self._leader = _TASKS if isinstance(head, TaskJob) else head
         self._call()
 
@@ -155,18 +167,18 @@ class Group:
                 job.error = copy(error)
             hand_out(batch)
             return
-        if len(batch) > 1 or isinstance(batch[0], TaskJob):
-            batch = self._look(self._file.peek, batch)
+        if len(batch) > 1 or batch[0].look:
+            batch = self._look(self._file.look, batch)
         if batch:
             self._commit(batch)
 
     def _look(self, peek: Callable[[AnyOp], Any], batch: Sequence[Job]) -> Sequence[Job]:
-        """Answer what need not be written, without the write lock. The rest: threads have looked already."""
+        """Answer what need not be written, without the write lock."""
         rest: list[Job] = []
         seen: list[Job] = []
         for job in batch:
-            if isinstance(job, TaskJob) and not job.looked:
-                job.looked = True
+            if job.look:
+                job.look = False
                 try:
                     job.answer = peek(job.op)
                 except Exception as error:
@@ -186,7 +198,7 @@ class Group:
         now = None
         self._current = jobs
         try:
-            self._stage = _BEGUN
+            self.stage = _BEGUN
             execute("BEGIN IMMEDIATE")
             now = file.at()
             for job in jobs:
@@ -197,10 +209,10 @@ class Group:
                     if not writer.in_transaction:
                         raise
                     job.error = wrapped(error, file.path)
-            self._stage = _COMMITTING
+            self.stage = _COMMITTING
             execute("COMMIT")
         except Exception as error:
-            committing, self._stage = self._stage == _COMMITTING, _FAILED
+            committing, self.stage = self.stage == _COMMITTING, _FAILED
             failure = error
         else:
             self._committed()
@@ -224,7 +236,7 @@ class Group:
 
     def _settled(self, jobs: Sequence[Job]) -> None:
         hand_out(jobs)
-        self._stage, self._current = _IDLE, ()
+        self.stage, self._current = _IDLE, ()
 
     def _leave(self, job: Job) -> None:
         """A leader, or one who waits, was interrupted. What it wanted is dropped unless begun; the rest goes on."""
@@ -237,11 +249,11 @@ class Group:
             self._call()  # it may have been about to
             return
         writer = self._file.writer
-        if self._stage == _COMMITTING and writer is not None and not writer.in_transaction:
+        if self.stage == _COMMITTING and writer is not None and not writer.in_transaction:
             self._committed()
         else:
             self._file.roll_back()
-        self._stage, self._current = _IDLE, ()
+        self.stage, self._current = _IDLE, ()
         hand_out([other for other in self._batch if other.done])  # some may not have been woken
         with self._mutex:
             for other in reversed(self._batch):
@@ -303,13 +315,14 @@ class Group:
         """
         until = _clock.now() + _PATIENCE
         job = Job(None)
+        bell = job.waits()
         with self._mutex:
             self._queue.append(job)
             if self._leader is None:
                 self._leader = job
         try:
             if self._leader is not job:
-                _clock.wait(lambda seconds: job.bell.acquire(True, seconds), _PATIENCE)
+                _clock.wait(lambda seconds: bell.acquire(True, seconds), _PATIENCE)
             with self._mutex:
                 self._queue.remove(job)
             if self._leader is job:

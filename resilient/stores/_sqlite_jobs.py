@@ -18,17 +18,26 @@ __all__ = ["Helper", "Job", "TaskJob", "hand_out", "ring"]
 
 
 class Job:
-    """An operation of a thread. It is rung when it is done, or to lead. `op` None: close the file."""
+    """An operation of a thread. It is rung when it is done, or to lead. `op` None: close the file.
 
-    __slots__ = ("answer", "bell", "done", "error", "op")
+    `look`: it may need no write, and nobody has looked yet.
+    """
 
-    def __init__(self, op: AnyOp | None) -> None:
+    __slots__ = ("answer", "bell", "done", "error", "look", "op")
+
+    def __init__(self, op: AnyOp | None, look: bool = False) -> None:
         self.op: Any = op
+        self.look = look
         self.answer: Any = ...
         self.error: Exception | None = None
         self.done = False
-        self.bell = threading.Lock()
-        self.bell.acquire()
+        self.bell: threading.Lock | None = None
+
+    def waits(self) -> threading.Lock:
+        """What the thread is going to wait for. Called before anybody else knows of the job."""
+        bell = self.bell = threading.Lock()
+        bell.acquire()
+        return bell
 
     def outcome(self) -> Any:
         """The answer, or the error raised."""
@@ -40,14 +49,15 @@ class Job:
 class TaskJob(Job):
     """An operation of a task. `send` runs a function in the task's loop, from any thread; `wake` resumes the task."""
 
-    __slots__ = ("looked", "send", "wake")
+    __slots__ = ("send", "wake")
 
-    def __init__(self, op: AnyOp, send: Callable[..., object], wake: Callable[[], object]) -> None:
+    def __init__(self, op: AnyOp, send: Callable[..., object], wake: Callable[[], object], look: bool = False) -> None:
         self.op = op
+        self.look = look
         self.answer = ...
         self.error = None
         self.done = False
-        self.looked = False  # whether it had to write, when it was looked at
+        self.bell = None
         self.send = send
         self.wake = wake
 
@@ -79,10 +89,11 @@ class Helper:
             self._work()
 
 
-def ring(bell: threading.Lock) -> None:
+def ring(bell: threading.Lock | None) -> None:
     """Wake whoever waits for `bell`. Once too often does no harm."""
     try:
-        bell.release()
+        if bell is not None:
+            bell.release()
     except RuntimeError:
         pass  # It has been rung.
 

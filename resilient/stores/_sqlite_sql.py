@@ -177,7 +177,7 @@ class Sql:
         return self._how[type(op)](execute, op, now)
 
     def peek(self, execute: Execute, op: AnyOp, now: float) -> object:
-        """The answer to an operation that need not write; `...` if it must, or could.
+        """The answer to a `Read` or a `Scan`, and to a `Claim` that need not write; `...` if it must.
 
         `now` is taken before the row is read, so that a lease that looks over is over.
         """
@@ -185,9 +185,7 @@ class Sql:
             row = self._row(execute, op.key)
             answer = None if row is None else self._judge(op, row, now)
             return ... if answer is None else answer
-        if type(op) is Read or type(op) is Scan:
-            return self._how[type(op)](execute, op, now)
-        return ...
+        return self._how[type(op)](execute, op, now)
 
     # -- each operation ----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ and each wake is only a reason to ask again. Safe from any thread and loop.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
 from resilient._park import LoopWaiter, ThreadWaiter, TrioWaiter, task_waiter
@@ -37,9 +39,13 @@ class Watch(Protocol):
 class Bells:
     """Who watches which key."""
 
-    __slots__ = ("_lock", "_watches")
+    __slots__ = ("__weakref__", "_lock", "_watches")
 
     def __init__(self) -> None:
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._watches: dict[str, set[_Armed]] = {}
 
@@ -62,6 +68,19 @@ class Bells:
 
     def __bool__(self) -> bool:
         return bool(self._watches)
+
+
+_all: weakref.WeakSet[Bells] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    # Another thread may have held a lock, and those who wait are the parent's.
+    for bells in list(_all):
+        bells._begin()
+
+
+# (Where there is no fork, there is nothing to do.)
+getattr(os, "register_at_fork", dict)(after_in_child=_forked)
 
 
 class _Armed:

@@ -169,7 +169,7 @@ class PostgresStore:
                 if answer is not AGAIN:
                     return cast(R, _after(answer, op) if lost and statement.blind else answer)
                 statement = statement.then
-        raise _undecided(op)
+        raise _undecided(op, statement.writes)
 
     async def aexecute(self, op: Op[R], /) -> R:
         """Carry out `op`, in this task of an asyncio loop."""
@@ -198,7 +198,7 @@ class PostgresStore:
                 if answer is not AGAIN:
                     return cast(R, _after(answer, op) if lost and statement.blind else answer)
                 statement = statement.then
-        raise _undecided(op)
+        raise _undecided(op, statement.writes)
 
     def on(self, connection: psycopg.Connection[Any], op: Op[R], /) -> R:
         """Carry out `op` on this connection, in the transaction that is open there or begins by this.
@@ -215,7 +215,7 @@ class PostgresStore:
             if answer is not AGAIN:
                 return cast(R, answer)
             statement = statement.then
-        raise _undecided(op)
+        raise _undecided(op, statement.writes)
 
     async def aon(self, connection: psycopg.AsyncConnection[Any], op: Op[R], /) -> R:
         """Carry out `op` on this connection, in the transaction that is open there or begins by this; see `on`."""
@@ -229,7 +229,7 @@ class PostgresStore:
             if answer is not AGAIN:
                 return cast(R, answer)
             statement = statement.then
-        raise _undecided(op)
+        raise _undecided(op, statement.writes)
 
     def prepare(self) -> None:
         """Make sure that the tables exist, on a connection of the store's own. Once it is known, this costs nothing."""
@@ -294,32 +294,36 @@ class PostgresStore:
     # -- tables ------------------------------------------------------------------------------------------------------
 
     def _prepare(self, connection: psycopg.Connection[Any]) -> None:
-        cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-        for steps in (self._look(), self._upgrade()):
-            with connection.transaction():
-                try:
-                    query = next(steps)
-                    while True:
-                        cursor.execute(query)
-                        query = steps.send(cursor.fetchone() if cursor.description else None)
-                except StopIteration as end:
-                    if end.value == len(MIGRATIONS):
-                        break
+        if self._run(connection, self._look()) < len(MIGRATIONS):
+            self._run(connection, self._upgrade())
         self._ready = True
 
-    async def _aprepare(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        cursor = psycopg.AsyncCursor(connection, row_factory=tuple_row)
-        for steps in (self._look(), self._upgrade()):
-            async with connection.transaction():
+    def _run(self, connection: psycopg.Connection[Any], steps: Generator[bytes, Any, int]) -> int:
+        cursor, row = psycopg.Cursor(connection, row_factory=tuple_row), None
+        with connection.transaction():
+            while True:
                 try:
-                    query = next(steps)
-                    while True:
-                        await cursor.execute(query)
-                        query = steps.send(await cursor.fetchone() if cursor.description else None)
+                    query = steps.send(row)
                 except StopIteration as end:
-                    if end.value == len(MIGRATIONS):
-                        break
+                    return cast(int, end.value)
+                cursor.execute(query)
+                row = cursor.fetchone() if cursor.description else None
+
+    async def _aprepare(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        if await self._arun(connection, self._look()) < len(MIGRATIONS):
+            await self._arun(connection, self._upgrade())
         self._ready = True
+
+    async def _arun(self, connection: psycopg.AsyncConnection[Any], steps: Generator[bytes, Any, int]) -> int:
+        cursor, row = psycopg.AsyncCursor(connection, row_factory=tuple_row), None
+        async with connection.transaction():
+            while True:
+                try:
+                    query = steps.send(row)
+                except StopIteration as end:
+                    return cast(int, end.value)
+                await cursor.execute(query)
+                row = await cursor.fetchone() if cursor.description else None
 
     def _look(self) -> Generator[bytes, Any, int]:
         """The version of the tables, 0 if there are none; as queries, which whoever runs this sends."""
@@ -423,9 +427,9 @@ def _unreachable(exc: Exception, maybe: bool) -> StoreError:
     return StoreError(f"PostgreSQL cannot be reached: {_text(exc)}", maybe_written=maybe)
 
 
-def _undecided(op: AnyOp) -> StoreError:
+def _undecided(op: AnyOp, maybe: bool) -> StoreError:
     return StoreError(
-        f"PostgreSQL gave no answer to {type(op).__name__} that stands, {_ROUNDS} times", maybe_written=True
+        f"PostgreSQL gave no answer to {type(op).__name__} that stands, {_ROUNDS} times", maybe_written=maybe
     )
 
 

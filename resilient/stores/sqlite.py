@@ -105,11 +105,13 @@ class SQLiteStore:
 
     def execute(self, op: Op[R], /) -> R:
         """Carry out `op`."""
-        if type(op) in _PEEKED:
+        look = type(op) in _PEEKED
+        if look and self._group.stage:
             answer = self._file.peek(op)
             if answer is not ...:
                 return cast(R, answer)
-        return cast(R, self._group.run(Job(op)))
+            look = False
+        return cast(R, self._group.run(Job(op, look)))
 
     async def aexecute(self, op: Op[R], /) -> R:
         """Carry out `op`, in a thread that all tasks share. Cancelled, it is carried out all the same."""
@@ -117,8 +119,8 @@ class SQLiteStore:
             import trio
 
             event = trio.Event()
-            job = TaskJob(op, trio.lowlevel.current_trio_token().run_sync_soon, event.set)
-            self._group.post(job, type(op) in _PEEKED)
+            job = TaskJob(op, trio.lowlevel.current_trio_token().run_sync_soon, event.set, type(op) in _PEEKED)
+            self._group.post(job)
             await event.wait()
             return cast(R, job.outcome())
         import asyncio
@@ -130,8 +132,8 @@ class SQLiteStore:
             if not future.done():
                 future.set_result(None)
 
-        job = TaskJob(op, loop.call_soon_threadsafe, wake)
-        self._group.post(job, type(op) in _PEEKED)
+        job = TaskJob(op, loop.call_soon_threadsafe, wake, type(op) in _PEEKED)
+        self._group.post(job)
         await future
         return cast(R, job.outcome())
 
