@@ -40,7 +40,8 @@ class Hold(Beat, eq=False):
     """The claim of a running call, as its function sees it.
 
     `key` is the user's key, `attempt` is 1 for the first attempt, `fence` grows with every claim of the key, `lost`
-    says that the lease went to somebody else meanwhile. `raise doubt(reason)` says that nobody knows how it ended. `derive(purpose)` makes keys for what the function calls.
+    says that the lease went to somebody else meanwhile. `derive(purpose)` makes keys for what the function calls;
+    `raise claim().doubt(reason)` says that nobody knows how it ended.
     """
 
     policy: str = "idempotent"

@@ -9,6 +9,7 @@ import gc
 import inspect as std_inspect
 import pickle  # noqa: TID251 - of errors only, which travel between processes
 import threading
+import types
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -1809,3 +1810,66 @@ def test_a_coroutine_that_is_closed_in_another_context_leaves_what_is_there_alon
         assert claim().key == "k"  # it never came back here
 
     run(way, main)
+
+
+@both
+def test_a_function_that_says_it_does_not_know_leaves_its_key_in_doubt(way: str) -> None:
+    asked: list[str] = []
+
+    def ask(key: str) -> str:
+        asked.append(key)
+        return "charged"
+
+    policy = Idempotent(MemoryStore(), key="key", in_doubt=ask, name="charge")
+
+    @Pipeline(policy, Retry(ConnectionError))
+    async def charge(key: str) -> str:
+        raise claim().doubt("no answer within 2 s")
+
+    async def main() -> None:
+        with pytest.raises(InDoubt, match=r"^charge: no answer within 2 s \(key 'k', attempt 1\)$"):
+            await charge("k")
+        assert await charge("k") == "charged"
+
+    run(way, main)
+    assert asked == ["k"]
+
+
+def test_a_retry_inside_that_ends_otherwise_does_not_wipe_the_doubt_away() -> None:
+    errors: list[Exception] = []
+
+    @Pipeline(policy := Idempotent(MemoryStore(), key="key"), Retry((InDoubt, ConnectionError), attempts=2, wait=0))
+    def charge(key: str) -> str:
+        errors.append(claim().doubt("no answer") if not errors else ConnectionError())
+        raise errors[-1]
+
+    with pytest.raises(ConnectionError):
+        charge("k")
+    with pytest.raises(InDoubt):
+        charge("k")
+    assert len(errors) == 2
+    assert policy.in_doubts == 1
+
+
+@both
+def test_a_coroutine_that_is_driven_on_in_another_context_ends_all_the_same(way: str) -> None:
+    store = TroubledStore()
+
+    @types.coroutine
+    def pause() -> Any:
+        yield
+
+    @Idempotent(store, key="key")
+    async def body(key: str) -> str:
+        await pause()
+        return "done"
+
+    async def main() -> None:
+        made: Any = body("k")
+        contextvars.Context().run(made.send, None)
+        with pytest.raises(StopIteration) as stop:
+            contextvars.Context().run(made.send, None)
+        assert stop.value.value == "done"
+
+    run(way, main)
+    assert store.states == ["done"]
