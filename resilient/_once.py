@@ -40,9 +40,11 @@ class Hold(Beat, eq=False):
     """The claim of a running call, as its function sees it.
 
     `key` is the user's key, `attempt` is 1 for the first attempt, `fence` grows with every claim of the key, `lost`
-    says that the lease went to somebody else meanwhile. `derive(purpose)` makes keys for what the function calls.
+    says that the lease went to somebody else meanwhile. `derive(purpose)` makes keys for what the function calls;
+    `raise claim().doubt(reason)` says that nobody knows how it ended.
     """
 
+    policy: str = "idempotent"
     outer: Any = None
     # The starts of the function that did not raise; None while it is called directly.
     open: set[object] | None = None
@@ -54,6 +56,13 @@ class Hold(Beat, eq=False):
         if not isinstance(purpose, str) or not purpose:
             raise ValueError(f"purpose must be some text, not {purpose!r}")
         return str(digest(self.stored.encode(), purpose.encode()).hexdigest()[:32])
+
+    def doubt(self, reason: str) -> InDoubt:
+        """An error for the function to raise where it cannot know whether its effect happened: a lost answer, say.
+
+        Any other exception says that there was no effect, and frees the key; this one leaves it in doubt.
+        """
+        return InDoubt(self.policy, self.key, self.attempt, reason=reason)
 
     def __repr__(self) -> str:
         return f"<claim of {self.key!r}, attempt {self.attempt}, fence {self.fence}>"
@@ -113,7 +122,7 @@ def once(
         if isinstance(reply, Outcome):
             yield reply
             return reply
-    hold.fence, hold.attempt = reply.fence, reply.attempt
+    hold.fence, hold.attempt, hold.policy = reply.fence, reply.attempt, how.name
     try:
         keeper.begin(hold)
     except Exception:
@@ -170,7 +179,8 @@ def once(
         yield outcome
         return outcome
     # A start that did not raise may have had its effect: it runs on, was cut off, or returned what nobody got.
-    unknown = not isinstance(error, Exception) if hold.open is None else bool(hold.open)
+    # Or its function says itself that it does not know.
+    unknown = isinstance(error, InDoubt) or (not isinstance(error, Exception) if hold.open is None else bool(hold.open))
     if type(error) is _Turned:
         unknown = False
     if not unknown and isinstance(error, remember):
@@ -193,7 +203,7 @@ def _contend(
     stored, who, key = hold.stored, hold.owner, hold.key
     began: float | None = None
     tries = rounds = 0
-    maybe = take = False
+    maybe = take = taking = False
     was_replayed.set(False)
     while True:
         kind = cast(Any, type(reply))
@@ -208,11 +218,11 @@ def _contend(
                 how.in_doubts += 1
                 raise InDoubt(how.name, key, reply.attempt)
             # Not at the first claim: who comes with other arguments is to be told so, and must not take it over.
-            take = True
+            take = taking = True
             reply = yield Claim(stored, who, how.lease, fingerprint, label, True, began is not None)
             continue
         # What may have been taken over stays in doubt; anything else can only be a claim under which nothing ran.
-        leave = (Abandon if take else Release)(stored, who, 0)
+        leave = (Abandon if taking else Release)(stored, who, 0)
         if kind is Cut:
             # The claim may have been granted in that moment.
             yield Last(leave)

@@ -40,8 +40,9 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="order processing against services that misbehave, with guards and without",
         description="Pushes orders through four local services that misbehave on a seeded schedule, first without "
-        "guards, then with them, and compares. Exit code 0: the guards completed more orders; 1: they did not; "
-        "2: it could not run.",
+        "guards, then with them, and compares. The client is killed and the payment service crashes on the way. Exit "
+        "code 0: the guards completed more orders (or all) and charged none twice; 1: they did not; 2: it could not "
+        "run.",
     )
     demo.add_argument("--quick", action="store_true", help="ten seconds in place of a minute")
     demo.add_argument("--seed", type=int, default=8, metavar="N", help="the seed of the schedule (default: 8)")

@@ -18,7 +18,7 @@ from resilient._drive import Program, adrive, drive
 from resilient._guard import faces, kind_of
 from resilient._keeper import TaskKeeper, ThreadKeeper, new_owner
 from resilient._once import RERUN, Hold, Tally, current, lost, once, was_replayed
-from resilient.errors import StoreError
+from resilient.errors import InDoubt, StoreError
 from resilient.policy import Policy, seconds, whole
 from resilient.stores._open import shared
 from resilient.stores._ops import Purge
@@ -281,8 +281,9 @@ class Fitted:
                 starts.add(start)
                 try:
                     return call(*args, **kwargs)
-                except Exception:
-                    starts.discard(start)
+                except Exception as error:
+                    if not isinstance(error, InDoubt):
+                        starts.discard(start)
                     raise
 
             return started
@@ -293,8 +294,9 @@ class Fitted:
             starts.add(start)
             try:
                 return await call(*args, **kwargs)
-            except Exception:
-                starts.discard(start)
+            except Exception as error:
+                if not isinstance(error, InDoubt):
+                    starts.discard(start)
                 raise
 
         return astarted

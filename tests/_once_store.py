@@ -77,7 +77,7 @@ class TroubledStore:
     async def aexecute(self, op: Any, /) -> Any:
         fault = self._fault(op)
         if callable(fault):
-            made = fault()
+            made: Any = fault()
             if made is not None:
                 await made
         return self._carry_out(op, fault)

@@ -11,6 +11,7 @@ a `Node` of an automaton, found once for each local state.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import Context
@@ -186,7 +187,7 @@ class Explorer:
         self._env = Env(clock=cast(Any, self._clock))
         self._interned: dict[Any, Node] = {}
         self._numbers: dict[Any, int] = {}
-        self._way: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+        self._way: list[tuple[int | None, tuple[Any, ...]]] = []
         self.values = [self._form.keep(f"value of {caller}") for caller in range(len(kinds))]
         self.declined = self._form.keep_error(Declined("no"))
 
@@ -397,9 +398,13 @@ class Explorer:
             if not state.beating[caller]:
                 yield ("settled",), lambda: told(None)
         elif type(step) in (Sleep, Wait):
-            watching = type(step) is Wait and not state.watch[caller]
-            watch = _put(state.watch, caller, 1) if type(step) is Wait else state.watch
-            yield (("begins to watch" if watching else "waited"),), lambda: told(None, watch=watch)
+            watch = state.watch[caller]
+            if type(step) is Sleep:
+                yield ("slept",), lambda: told(None)
+            elif not watch:
+                yield ("begins to watch",), lambda: told(None, watch=_put(state.watch, caller, 1))
+            elif watch == 2:
+                yield ("is woken",), lambda: told(None, watch=_put(state.watch, caller, 1))
             if "cut" in can and luck:
                 yield ("is cancelled as it waits",), lambda: told(("cut",), luck=unlucky())
         else:
@@ -508,53 +513,62 @@ class Explorer:
 
     def run(self) -> int:
         """Visit all states; how many there are. `Broken` at the first that breaks a promise."""
+        collects = gc.isenabled()
+        gc.disable()  # States are many, and hold no cycles.
+        try:
+            return self._run()
+        finally:
+            if collects:
+                gc.enable()
+
+    def _run(self) -> int:
         n = len(self.kinds)
         no = (False,) * n
         luck = tuple(self._luck if "store" in can else int("cut" in can) for can in self.kinds)
         nodes = tuple(self._node(caller, ()) for caller in range(n))
         start = State(None, 1.0, nodes, (True,) * n, no, no, (0,) * n, luck, (None,) * n, (), (), None, 0, False)
-        first = _canonical(start)
-        self._way = {first: (None, ())}
-        todo = deque([(first, start)])
-        before: dict[Any, list[Any]] = {}
-        ended: list[Any] = []
+        numbers = {_canonical(start): 0}
+        self._way = [(None, ())]
+        todo = deque([(0, start)])
+        before: list[list[int]] = [[]]
+        ended: list[int] = []
         while todo:
-            key, state = todo.popleft()
+            number, state = todo.popleft()
             label: tuple[Any, ...] = ()
             try:
-                if self._ended(state):
-                    ended.append(key)
-                moved = False
+                over = self._ended(state)
+                if over:
+                    ended.append(number)
                 for label, make in self._next(state):
-                    moved = True
+                    over = True
                     after = make()
-                    canonical = _canonical(after)
-                    before.setdefault(canonical, []).append(key)
-                    if canonical not in self._way:
-                        self._way[canonical] = (key, label)
+                    known = numbers.setdefault(_canonical(after), len(before))
+                    if known == len(before):
+                        before.append([])
+                        self._way.append((number, label))
                         self._check(after)
-                        todo.append((canonical, after))
+                        todo.append((known, after))
+                    before[known].append(number)
                 label = ()
-                if not moved and (not ended or ended[-1] != key):
+                if not over:
                     raise _Fault("nothing can happen any more, and not all have ended")
             except _Fault as fault:
-                raise Broken(str(fault), [*self._path(key), _text(label)]) from None
+                raise Broken(str(fault), [*self._path(number), _text(label)]) from None
         reached = set(ended)
-        back = list(ended)
-        while back:
-            for key in before.get(back.pop(), ()):
-                if key not in reached:
-                    reached.add(key)
-                    back.append(key)
-        for key in self._way:
-            if key not in reached:
-                raise Broken("from here there is no way to an end", self._path(key))
-        return len(self._way)
+        while ended:
+            for number in before[ended.pop()]:
+                if number not in reached:
+                    reached.add(number)
+                    ended.append(number)
+        for number in range(len(before)):
+            if number not in reached:
+                raise Broken("from here there is no way to an end", self._path(number))
+        return len(before)
 
-    def _path(self, key: Any) -> list[str]:
+    def _path(self, number: int | None) -> list[str]:
         way: list[str] = []
-        while key is not None:
-            key, label = self._way[key]
+        while number is not None:
+            number, label = self._way[number]
             way.append(_text(label))
         return way[-2::-1]
 

@@ -9,6 +9,7 @@ import gc
 import inspect as std_inspect
 import pickle  # noqa: TID251 - of errors only, which travel between processes
 import threading
+import types
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,7 @@ from resilient import (
     fence,
     replayed,
 )
+from resilient._drive import RUN, Outcome, drive
 from resilient.clock import SystemClock
 from resilient.stores import Abandon, Claim, Finish, MemoryStore, Release, Scan, Threaded
 from resilient.testing import FakeClock, Recorder
@@ -402,7 +404,7 @@ def test_a_lambda_that_turns_out_to_make_coroutines(way: str) -> None:
     async def coroutine(key: str) -> int:
         return ran(key)  # type: ignore[no-any-return]
 
-    call = policy(lambda key: coroutine(key))
+    call: Fn = policy(lambda key: coroutine(key))
 
     async def main() -> list[int]:
         return [await call("a"), await call("a"), await call("b")]
@@ -1736,3 +1738,138 @@ def test_no_frame_lingers_in_a_cycle(way: str, how: str) -> None:
             run(way, main)
     finally:
         gc.enable()
+
+
+# -- the program by itself ---------------------------------------------------------------------------------------------
+
+
+def _program(keeps: Any, store: TroubledStore) -> Any:
+    from resilient._codec import Form
+    from resilient._keeper import ThreadKeeper
+    from resilient._once import Hold, once
+
+    policy = Idempotent(store, key="key", name="f")
+    keeper = ThreadKeeper(store, 30.0, lambda beat: None)
+    form = Form(Json(), Any, ())
+    return once(policy._how, form, (), keeps, store, keeper, Env(), Hold("k", "stored"), "", "")
+
+
+def test_a_program_that_is_driven_beyond_its_outcome_returns_it() -> None:
+    store = TroubledStore()
+    for again in (False, True):
+        program = _program(None, store)
+        step, got = next(program), None
+        while not isinstance(step, Outcome):
+            got = Outcome("done", None) if step is RUN else store.execute(step)
+            step = program.send(got)
+        assert step.value == "done"
+        with pytest.raises(StopIteration) as stop:
+            next(program)
+        assert stop.value.value is step
+        assert store.names.count("Finish") == 1
+        assert store.names.count("Claim") == 1 + again
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_result_that_is_not_to_be_kept_frees_the_key(cut: bool) -> None:
+    store, cancel = TroubledStore(), KeyboardInterrupt()
+    if cut:
+        store.meet(Release, cancel)
+    outcome = drive(_program(lambda value: value != "bad", store), store, Env(), lambda: "bad", (), {})
+    assert (outcome.value, outcome.error) == ((None, cancel) if cut else ("bad", None))
+    assert store.states == []
+    kept = drive(_program(lambda value: value != "bad", store), store, Env(), lambda: "good", (), {})
+    assert kept.value == "good"
+    assert store.states == ["done"]
+
+
+def test_its_shells_may_be_used_by_themselves() -> None:
+    ran = Ran()
+    policy = Idempotent(MemoryStore(), key="key")
+    plain = policy.sync(ran.fn, Env())
+    assert plain("a") == plain("a") == 1
+    call = policy.coro(_acall(ran), Env())
+    assert asyncio.run(call("b")) == trio.run(call, "b") == 2
+
+
+@both
+def test_a_coroutine_that_is_closed_in_another_context_leaves_what_is_there_alone(way: str) -> None:
+    gate = FakeClock(autojump=False)
+    policy = Idempotent(TroubledStore(), key="key")
+
+    @policy
+    async def body(key: str) -> None:
+        await gate.asleep(10.0)
+
+    async def main() -> None:
+        context = contextvars.Context()
+        made: Any = body("k")
+        made.send(None)
+        context.run(made.close)
+        assert context.run(resilient.replayed) is False
+        assert claim().key == "k"  # it never came back here
+
+    run(way, main)
+
+
+@both
+def test_a_function_that_says_it_does_not_know_leaves_its_key_in_doubt(way: str) -> None:
+    asked: list[str] = []
+
+    def ask(key: str) -> str:
+        asked.append(key)
+        return "charged"
+
+    policy = Idempotent(MemoryStore(), key="key", in_doubt=ask, name="charge")
+
+    @Pipeline(policy, Retry(ConnectionError))
+    async def charge(key: str) -> str:
+        raise claim().doubt("no answer within 2 s")
+
+    async def main() -> None:
+        with pytest.raises(InDoubt, match=r"^charge: no answer within 2 s \(key 'k', attempt 1\)$"):
+            await charge("k")
+        assert await charge("k") == "charged"
+
+    run(way, main)
+    assert asked == ["k"]
+
+
+def test_a_retry_inside_that_ends_otherwise_does_not_wipe_the_doubt_away() -> None:
+    errors: list[Exception] = []
+
+    @Pipeline(policy := Idempotent(MemoryStore(), key="key"), Retry((InDoubt, ConnectionError), attempts=2, wait=0))
+    def charge(key: str) -> str:
+        errors.append(claim().doubt("no answer") if not errors else ConnectionError())
+        raise errors[-1]
+
+    with pytest.raises(ConnectionError):
+        charge("k")
+    with pytest.raises(InDoubt):
+        charge("k")
+    assert len(errors) == 2
+    assert policy.in_doubts == 1
+
+
+@both
+def test_a_coroutine_that_is_driven_on_in_another_context_ends_all_the_same(way: str) -> None:
+    store = TroubledStore()
+
+    @types.coroutine
+    def pause() -> Any:
+        yield
+
+    @Idempotent(store, key="key")
+    async def body(key: str) -> str:
+        await pause()
+        return "done"
+
+    async def main() -> None:
+        made: Any = body("k")
+        contextvars.Context().run(made.send, None)
+        with pytest.raises(StopIteration) as stop:
+            contextvars.Context().run(made.send, None)
+        assert stop.value.value == "done"
+
+    run(way, main)
+    assert store.states == ["done"]

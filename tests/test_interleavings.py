@@ -8,12 +8,12 @@ from typing import Any, cast
 import pytest
 
 from resilient._codec import Json, form_of
-from resilient._drive import Last, Outcome
+from resilient._drive import Last, Outcome, Wait
 from resilient._once import Hold, Tally, once
 from resilient.errors import StoreError
 from resilient.policy import Env
 from resilient.stores import MemoryStore
-from resilient.stores._ops import Abandon, Acquired, Claim, Claimed, Finish, Release, Renew
+from resilient.stores._ops import Abandon, Acquired, Busy, Claim, Claimed, Doubtful, Finish, Release, Renew
 from tests.explorer import KEY, KINDS, LEASE, Broken, Explorer, Tamper, _Keeper
 
 IN_DOUBT = ("raise", "rerun", "reconcile")
@@ -26,7 +26,7 @@ THREES = ("succeeds", "fails", "crashes", "is paused", "is cancelled")
 def test_pairs(first: str, in_doubt: str) -> None:
     kinds = list(KINDS)
     for second in kinds[kinds.index(first) :]:
-        assert Explorer((first, second), in_doubt).run() > 40
+        assert Explorer((first, second), in_doubt).run() > 30
 
 
 @pytest.mark.parametrize("in_doubt", IN_DOUBT)
@@ -227,3 +227,23 @@ class Blind(Explorer):
 def test_mutants_are_caught_by_what_callers_get_alone(store: Any, kinds: Any, in_doubt: str, promise: str) -> None:
     with pytest.raises(Broken, match=promise):
         Blind(kinds, in_doubt, store=store).run()
+
+
+def test_who_once_tried_to_take_over_never_frees_the_key_though_it_waited_since() -> None:
+    """Its claim may arrive late, after another has come and gone: what is in doubt must not become free by that."""
+    how = Tally()
+    how.name, how.lease, how.in_doubt, how.on_store_error = "pay", 30.0, "rerun", "refuse"
+    how.duplicates, how.max_wait = "wait", None
+    form = form_of(Json(), lambda: "", ())
+    store, keeper = MemoryStore(), cast(Any, _Keeper())
+    program = once(how, cast(Any, form), (), None, store, keeper, Env(), Hold("k", "k", "me"), "", "")
+    assert type(program.send(None)) is Claim
+    assert program.send(Doubtful(1, 1, "", 5.0)) == Claim("k", "me", 30.0, take_over=True)
+    assert program.send(StoreError("no answer", maybe_written=True)) == Claim("k", "me", 30.0, take_over=True)
+    assert type(program.send(Busy(2, 2, "", 9.0))) is Wait
+    again = Claim("k", "me", 30.0, awaited=True)
+    assert program.send(None) == again
+    for _ in range(2):
+        step = program.send(StoreError("no answer", maybe_written=True))
+    assert step == Abandon("k", "me", 0)
+    program.close()

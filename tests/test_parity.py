@@ -51,6 +51,7 @@ APART = {
     ("hedge.py", "Hedge"),
     ("fallback.py", "module"),
     ("_keeper.py", "Beat"),
+    ("idempotency.py", "Idempotent"),
     ("_watch.py", "_Armed"),
     ("sqlite.py", "SQLiteStore"),
 }
