@@ -13,8 +13,21 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Raw
 
 from resilient._binding import digest
-from resilient._drive import Cut, Last, Sleep
-from resilient._journal import Entry, Head, Step, read, result_form, undoing, write
+from resilient._drive import Cut, Last, Settle, Sleep
+from resilient._journal import (
+    VERSION,
+    Entry,
+    Head,
+    Step,
+    called_by,
+    name_of,
+    read,
+    result_form,
+    revived,
+    undoing,
+    value_of,
+    write,
+)
 from resilient._keeper import Beat
 from resilient.errors import Incompatible, InFlight, SagaError, StoreError
 from resilient.stores._ops import Abandon, Acquired, Append, Begin, Busy, Completed, Finish
@@ -68,17 +81,25 @@ class Book:
         self.failed: str | None = None
         self.forward = False
         self.stuck: list[str] = []
+        self.again = 0
         self.begun = self.lost = False
+        # Why nothing more is written; a cancel or interrupt that came while something was.
+        self.fault: Exception | None = None
+        self.departed: Incompatible | None = None
+        self.taken = False
+        self.cut: BaseException | None = None
 
     # -- reading back ------------------------------------------------------------------------------------------------
 
     def load(self, entries: tuple[bytes, ...]) -> Head:
-        """Take in what was written before. `StoreError` for what cannot be read, or has no head."""
+        """Take in what was written before. `StoreError` for what cannot be read, or is another saga's."""
         head: Head | None = None
-        for data in entries:
+        for at, data in enumerate(entries):
             entry = read(data)
-            if isinstance(entry.head, Head):
+            if at == 0 and isinstance(entry.head, Head):
                 head = entry.head
+            elif at == 0 or isinstance(entry.head, Head):
+                break
             for number, result in entry.done.items():
                 self.results[number] = Raw(bytes(result))
             for step in entry.steps:
@@ -86,22 +107,48 @@ class Book:
             self.undone.update(entry.undone)
             self.failed = entry.failed if entry.failed is not None else self.failed
             self.forward = self.forward or entry.pivot
-            self.stuck = entry.stuck or ([] if entry.steps or entry.undone or entry.failed else self.stuck)
-        if head is None or head.v != 1:
-            raise StoreError(f"the journal of saga {self.saga} ({self.id}) has no head that this version can read")
-        self.at, self.begun = len(entries), True
-        return head
+            self.stuck = entry.stuck if entry.stuck or entry.again else self.stuck
+            self.again = entry.again or self.again
+        else:
+            if head is not None and head.v == VERSION and (head.saga, head.id) == (self.saga, self.id):
+                self.at, self.begun = len(entries), True
+                return head
+        raise StoreError(f"the journal of saga {self.saga} ({self.id}) does not begin as this version of it would")
 
-    def recorded(self, number: int, name: str) -> Step | None:
+    def recorded(self, number: int, name: str, undo: Undo | None, forward: bool) -> Step | None:
         """The step that stands at this place of the journal, if one does. An error if it is another one."""
         step = self.steps.get(number)
-        if step is not None and step.name != name:
-            raise Incompatible(
-                f"the body departs from its journal: step {number} was {step.name}, and now is {name}; nothing was run",
-                self.saga,
-                self.id,
-            )
+        if step is None and self.departed is None:
+            return None
+        now = "" if undo is None or undo.compensate is None else name_of(called_by(undo), "the compensation")
+        was = "" if step is None or step.undo is None else step.undo.function
+        if step is not None and (step.name, was, step.forward) != (name, now, forward):
+            self.depart(f"step {number} was {_said(step.name, was, step.forward)}, and is {_said(name, now, forward)}")
+        if self.departed is not None:
+            raise self.departed
         return step
+
+    def depart(self, how: str) -> Incompatible:
+        """The body is not the one that wrote this journal: nothing more is run, nothing undone."""
+        if self.departed is None:
+            self.departed = Incompatible(
+                f"the body departs from its journal: {how}; it is left as it is", self.saga, self.id
+            )
+        return self.departed
+
+    def left(self, above: int = 0) -> list[Undo]:
+        """What the journal says is to be undone yet, the last first, of steps with numbers above `above`.
+
+        `LookupError` for a function that is not here, or not to be called because a journal names it.
+        """
+        undos: list[Undo] = []
+        for number in sorted(self.steps, reverse=True):
+            step = self.steps[number]
+            data = self.pending.get(number, self.results.get(number))
+            if number <= above or step.undo is None or number in self.undone or (data is None and step.late):
+                continue
+            undos.append(revived(step, value_of(step, data)))
+        return undos
 
     def value(self, number: int, function: Any, name: str) -> Any:
         """The recorded value of a step."""
@@ -116,9 +163,12 @@ class Book:
         """The idempotency key of a step: the same in every process that runs it."""
         return f"{self.saga}/{self.id}/{number}"
 
-    def step(self, number: int, name: str, undo: Undo | None, group: int, late: bool, forward: bool) -> Step:
+    def step(
+        self, number: int, name: str, undo: Undo | None, group: int, late: bool, forward: bool, function: Any = None
+    ) -> Step:
         """A step as it is written. `TypeError` for what cannot be recorded."""
-        return Step(number, name, self.key(number), None if undo is None else undoing(undo), group, late, forward)
+        how = None if undo is None else undoing(undo, function)
+        return Step(number, name, self.key(number), how, group, late, forward)
 
     def announce(self, steps: list[Step], pivot: bool = False) -> Generator[Any, Any, None]:
         """Write that these steps are about to run, with the results since the last entry, in one commit."""
@@ -126,9 +176,12 @@ class Book:
         yield from self._write(entry)
         for step in steps:
             self.steps[step.number] = step
+        cut, self.cut = self.cut, None
+        if cut is not None:
+            raise cut
 
     def note(self, **fields: Any) -> Generator[Any, Any, None]:
-        """Write something else about the saga."""
+        """Write something else about the saga. A cancel or interrupt does not keep it from that: it is in `cut`."""
         yield from self._write(Entry(done=self.pending, at=self.env.clock.at(), **fields))
 
     def relabel(self, state: str, **fields: Any) -> Generator[Any, Any, None]:
@@ -139,7 +192,7 @@ class Book:
     def finish(self, state: str, ok: bytes | None, error: str | None) -> Generator[Any, Any, None]:
         """Write the end."""
         last = {str(number): result for number, result in self.pending.items()}
-        result = {"v": 1, "saga": state, "at": self.env.clock.at(), "done": last}
+        result: dict[str, Any] = {"v": 1, "saga": state, "at": self.env.clock.at(), "done": last}
         if ok is not None:
             result["ok"] = Raw(ok)
         if error is not None:
@@ -147,74 +200,78 @@ class Book:
         if not self.begun:
             # A saga without a step: its head and its end.
             yield from self._write(Entry(at=self.env.clock.at()))
-        yield from self._close()
+        yield from self.close()
         beat = self.beat
         yield from self._insist(Finish(beat.stored, beat.owner, beat.fence, write(result), TTL))
 
     def leave(self) -> Generator[Any, Any, None]:
         """Give the lease back, and leave the saga as it is: anybody may go on."""
-        yield from self._close()
+        yield from self.close()
         if self.begun and not self.lost:
             yield Last(Abandon(self.beat.stored, self.beat.owner, self.beat.fence))
 
-    def _close(self) -> Generator[Any, Any, None]:
-        from resilient._drive import Settle
-
-        if self.keeper is not None and self.keeper.end(self.beat):
+    def close(self) -> Generator[Any, Any, None]:
+        """End the heartbeat, and wait for the one that is under way."""
+        if self.stop():
             yield Settle(self.beat)
+
+    def stop(self) -> bool:
+        """End the heartbeat. Whether one is just under way."""
+        under_way: bool = self.keeper.end(self.beat)
+        return under_way
 
     def _write(self, entry: Entry, label: str = "") -> Generator[Any, Any, None]:
         beat = self.beat
         if self.lost or beat.lost:
-            self.lost = True
             raise self._gone()
-        if not self.begun:
-            head = Head(1, self.saga, self.version, self.id)
-            if self.body is not None:
-                head.input = self.body
-            entry.head = head
-            first = label or label_of(self.saga, self.id, self.version, "running")
-            reply = yield from self._insist(Begin(beat.stored, beat.owner, self.lease, write(entry), first))
-            if type(reply) is not Acquired or reply.attempt > 1:
-                self.lost = True
-                raise self._taken(reply)
-            beat.fence, beat.attempt, self.begun = reply.fence, reply.attempt, True
-            if self.keeper is not None:
-                self.keeper.begin(beat)
-        else:
+        if self.begun:
             op = Append(beat.stored, beat.owner, beat.fence, self.at, write(entry), self.lease, label)
             yield from self._insist(op)
+        else:
+            head = entry.head = Head(VERSION, self.saga, self.version, self.id)
+            if self.body is not None:
+                head.input = self.body
+            first = label or label_of(self.saga, self.id, self.version, "running")
+            reply = yield from self._insist(Begin(beat.stored, beat.owner, self.lease, write(entry), first))
+            if type(reply) is not Acquired:
+                self.lost = self.taken = True
+                self.fault = self._taken(reply)
+                raise self.fault
+            beat.fence, beat.attempt, self.begun = reply.fence, reply.attempt, True
+            self.keeper.begin(beat)
         self.at += 1
         self.results.update(self.pending)
         self.pending = {}
 
     def _insist(self, op: Any) -> Generator[Any, Any, Any]:
-        """Carry out a write, however often it takes; raise where it cannot be."""
+        """Carry out a write, however often it takes; raise where it cannot be. A cancel meanwhile is kept in `cut`."""
         reply: Any = None
-        cut: BaseException | None = None
         for tries in range(6):
-            reply = yield (op if cut is None else Last(op))
+            reply = yield (op if self.cut is None else Last(op))
             if type(reply) is Cut:
-                cut = reply.error
+                # It may have been written, or not: once more, which is harmless.
+                self.cut = reply.error
                 reply = yield Last(op)
-            if type(reply) is not StoreError:
+            if type(reply) not in (StoreError, Cut):
                 break
-            if cut is None:
+            if self.cut is None:
                 paused = yield Sleep(min(0.05 * 2**tries, self.lease / 12) * (0.5 + self.env.rng.random() / 2))
                 if type(paused) is Cut:
-                    cut = paused.error
+                    self.cut = paused.error
+        if type(reply) is Cut:
+            reply = StoreError("the caller was interrupted again and again", maybe_written=True)
         if type(reply) is StoreError:
-            self.lost = True
+            self.lost, self.fault = True, reply
             raise reply
         if reply is False:
-            self.lost = True
             raise self._gone()
-        if cut is not None:
-            raise cut
         return reply
 
-    def _gone(self) -> Lost:
-        return Lost("its lease was over, and another process has it: this one stops", self.saga, self.id)
+    def _gone(self) -> Exception:
+        if self.fault is None:
+            self.fault = Lost("its lease was over, and another process has it: this one stops", self.saga, self.id)
+        self.lost = True
+        return self.fault
 
     def _taken(self, reply: Any) -> Exception:
         if type(reply) is Busy:
@@ -222,3 +279,7 @@ class Book:
         if type(reply) is Completed:
             return SagaError("it has ended already: an id is for one saga", self.saga, self.id)
         return SagaError("it was left unfinished by another process: recover it", self.saga, self.id)
+
+
+def _said(name: str, undo: str, forward: bool) -> str:
+    return f"{name}{f', undone by {undo}' if undo else ''}{', after the pivot' if forward else ''}"

@@ -2,29 +2,47 @@
 
 An entry is written before what it announces: entry 0 has the head of the saga and its first step, each further one the
 result of the step before and the next step. So a saga of n steps costs n + 1 commits, the last of which is its end.
-Functions are recorded by module and qualified name, and must be found under it again. Pure; data is never executed:
-what a journal names is looked up among importable functions, and called only if the saga's own rules say so.
+Functions are recorded by module and qualified name. Data never chooses code: a name in a journal is looked up only in
+modules that this process has imported by itself and vouches for, and nothing is imported, or called, to look. Pure.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from resilient._codec import Form, Json, form_of
+from resilient._codec import Form, Json, form_of, returns
 from resilient._undo import RESULT, UNKNOWN, Compensation, Undo, takes_result
-from resilient.errors import SagaError, StoreError
+from resilient.errors import StoreError
 
-__all__ = ["CallForm", "Entry", "Head", "Step", "call_form", "found", "name_of", "read", "result_form", "write"]
+__all__ = [
+    "CallForm",
+    "Entry",
+    "Head",
+    "Step",
+    "Undoing",
+    "call_form",
+    "called_by",
+    "found",
+    "name_of",
+    "read",
+    "result_form",
+    "revived",
+    "undoing",
+    "value_of",
+    "vouch_for",
+    "write",
+]
 
 VERSION = 1
+LIMIT = 100_000_000
+"""Bytes of one value."""
 
 
 class Undoing(Struct, omit_defaults=True):
@@ -33,8 +51,9 @@ class Undoing(Struct, omit_defaults=True):
     function: str
     args: Raw = Raw(b"[]")
     kwargs: Raw = Raw(b"{}")
-    # Which arguments stand for the step's value: indexes and names.
+    # Which arguments stand for the step's value (indexes and names), and the function that says of what type it is.
     results: list[int | str] = []
+    of: str = ""
 
 
 class Step(Struct, omit_defaults=True):
@@ -69,6 +88,8 @@ class Entry(Struct, omit_defaults=True):
     pivot: bool = False
     undone: list[int] = []
     stuck: list[str] = []
+    # Somebody said that it is to go on although it was stuck; the number of the attempt from which to count anew.
+    again: int = 0
     at: float = 0.0
 
 
@@ -84,35 +105,59 @@ def read(data: bytes) -> Entry:
         raise StoreError(f"an entry of the journal cannot be read: {error}") from None
 
 
+_vouched: set[str] = set()
+_recorded: dict[str, Any] = {}
+
+
+def vouch_for(module: str) -> None:
+    """Allow journals to name functions of this module, and of those inside it if it is a package."""
+    _vouched.add(module)
+
+
 def name_of(function: Any, what: str) -> str:
     """The name under which `function` is found again; `TypeError` if it is not, since then it cannot be called."""
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     name = f"{module}:{qualname}"
+    if _recorded.get(name) is function:
+        return name
     if not isinstance(module, str) or not isinstance(qualname, str) or _look(name) is not function:
         raise TypeError(
             f"{what} {function!r} cannot be recorded: only functions at the top of a module, or static methods of its "
             "classes, are found again by name in another process"
         )
+    _recorded[name] = function
     return name
 
 
 def found(name: str) -> Any:
-    """The function that a journal names. `SagaError`'s cause where there is none here."""
+    """The function that a journal names. `LookupError` where there is none here, or nobody vouches for it."""
+    function = _recorded.get(name)
+    if function is not None:
+        return function
+    module = name.partition(":")[0]
+    if not any(module == one or module.startswith(f"{one}.") for one in _vouched):
+        raise LookupError(
+            f"the journal names {name}, and this process does not vouch for its module: "
+            f"resilient.sagas.vouch({module.partition('.')[0]!r}), or --module, if it is yours"
+        )
     function = _look(name)
-    if not callable(function):
-        raise LookupError(f"there is no function {name} here")
+    if not callable(function) or isinstance(function, type):
+        raise LookupError(f"there is no function {name} here: its module is not imported, or has it no more")
+    if f"{getattr(function, '__module__', None)}:{getattr(function, '__qualname__', None)}" != name:
+        raise LookupError(f"{name} is a function of another module, which the journal must name")
     return function
 
 
 def _look(name: str) -> Any:
+    """What stands at `module:qualname`, in modules that are imported. No code runs: neither imports nor properties."""
     module, _, qualname = name.partition(":")
-    try:
-        place: Any = sys.modules[module] if module in sys.modules else importlib.import_module(module)
-        for part in qualname.split("."):
-            place = getattr(place, part)
-    except (ImportError, AttributeError, ValueError):
-        return None
-    return place
+    place: Any = cast(Any, sys.modules.get(module))
+    for part in qualname.split("."):
+        try:
+            place = cast(Any, vars(place)[part])
+        except (TypeError, KeyError):
+            return None
+    return getattr(cast(Any, place), "__func__", None) if type(place) is staticmethod else place
 
 
 class CallForm:
@@ -130,11 +175,24 @@ class CallForm:
             parameters = list(self._signature.parameters.values())[skip:]
             self._signature = self._signature.replace(parameters=parameters)
         try:
-            hints = typing.get_type_hints(inspect.unwrap(function))
+            hints = typing.get_type_hints(inspect.unwrap(function), include_extras=True)
         except (NameError, TypeError, AttributeError):
             hints = {}
-        json = Json(limit=100_000_000)
-        self._decoders = {parameter: json.form(hints.get(parameter, Any)) for parameter in self._signature.parameters}
+        json = Json(limit=LIMIT)
+        self._decoders: dict[str, Any] = {}
+        self._rest = json.form(Any)
+        for parameter in self._signature.parameters.values():
+            try:
+                form = json.form(hints.get(parameter.name, Any))
+            except TypeError:
+                raise TypeError(
+                    f"{name} takes {parameter.name}: {hints[parameter.name]!r}, which cannot be recorded: use a "
+                    "dataclass, a msgspec struct, a pydantic model, or plain data"
+                ) from None
+            if parameter.kind is parameter.VAR_KEYWORD:
+                self._rest = form
+            else:
+                self._decoders[parameter.name] = form
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Raw, Raw]:
         """Arguments as JSON. `TypeError` for what would not come back as it went."""
@@ -144,25 +202,39 @@ class CallForm:
         named = {key: Raw(self._one(key, value)) for key, value in kwargs.items()}
         return Raw(b"[" + b",".join(parts) + b"]"), Raw(write(named))
 
-    def read(self, args: Raw, kwargs: Raw) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments again."""
-        positional = msgspec.json.decode(args, type=list[Raw])
-        named = msgspec.json.decode(kwargs, type=dict[str, Raw])
-        return (
-            [self._back(self._positional(index), value) for index, value in enumerate(positional)],
-            {key: self._back(key, value) for key, value in named.items()},
-        )
+    def read(
+        self, args: Raw, kwargs: Raw, results: list[int | str] | tuple[()] = (), value: Any = None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments again, with `value` at the places of `results`. `StoreError` for what does not fit."""
+        try:
+            positional = msgspec.json.decode(args, type=list[Raw])
+            named = msgspec.json.decode(kwargs, type=dict[str, Raw])
+            made = [
+                value if index in results else self._form(self._positional(index))[1](data)
+                for index, data in enumerate(positional)
+            ]
+            made_named = {key: self._form(key)[1](data) for key, data in named.items() if key not in results}
+        except Exception as error:
+            raise StoreError(f"the journal has arguments that do not fit {self.name}: {error}") from None
+        for place in results:
+            if isinstance(place, str):
+                made_named[place] = value
+            elif not 0 <= place < len(made):
+                raise StoreError(f"the journal has arguments that do not fit {self.name}: there is no number {place}")
+        return made, made_named
 
     def _positional(self, index: int) -> str:
         """The name of the parameter that takes the argument at `index`."""
         for place, parameter in enumerate(self._signature.parameters.values()):
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
+                break
             if place == index or parameter.kind is parameter.VAR_POSITIONAL:
                 return parameter.name
         raise TypeError(f"{self.name} takes fewer arguments")
 
     def _form(self, parameter: str) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
-        form = self._decoders.get(parameter)
-        return form if form is not None else Json().form(Any)
+        form: tuple[Callable[[Any], bytes], Callable[[bytes], Any]] = self._decoders.get(parameter, self._rest)
+        return form
 
     def _one(self, parameter: str, value: Any) -> bytes:
         if value is RESULT or value is UNKNOWN:
@@ -173,9 +245,6 @@ class CallForm:
             raise TypeError(
                 f"{self.name}: the argument {parameter} ({type(value).__qualname__}) cannot be recorded: {error}"
             ) from None
-
-    def _back(self, parameter: str, data: Raw) -> Any:
-        return self._form(parameter)[1](data)
 
 
 _calls: dict[Any, CallForm] = {}
@@ -195,17 +264,23 @@ def result_form(function: Any, name: str) -> Form:
     form = _results.get(function)
     if form is None:
         try:
-            made = form_of(Json(limit=100_000_000), function, ())
+            made = form_of(Json(limit=LIMIT), function, ())
         except TypeError as error:
             raise TypeError(f"{name}: {error}") from None
         form = _results[function] = made if made is not None else Form(Json(), Any, ())
     return form
 
 
-def undoing(undo: Undo) -> Undoing:
-    """What to write of a compensation. `TypeError` for what cannot be recorded."""
+def called_by(undo: Undo) -> Any:
+    """The function that undoes a step."""
     given = undo.compensate
-    function = given.function if type(given) is Compensation else given
+    return given.function if type(given) is Compensation else given
+
+
+def undoing(undo: Undo, of: Any = None) -> Undoing:
+    """What to write of a compensation. `TypeError` for what cannot be recorded. `of` is the step's function."""
+    given = undo.compensate
+    function = called_by(undo)
     name = name_of(function, "the compensation")
     form = call_form(function, name)
     if type(given) is Compensation:
@@ -216,22 +291,27 @@ def undoing(undo: Undo) -> Undoing:
         args, kwargs = undo.args, undo.kwargs
         results = ["result"] if takes_result(given) else []
     written = form.write(args, kwargs)
-    return Undoing(name, *written, results)
+    if not results or of is None or returns(of) in _PLAIN:
+        return Undoing(name, *written, results)
+    return Undoing(name, *written, results, name_of(of, "the step"))
+
+
+def value_of(step: Step, data: Raw | None) -> Any:
+    """A step's value for its compensation, from what was written of it; `UNKNOWN` where nothing was."""
+    if data is None or step.undo is None or not step.undo.results:
+        return UNKNOWN
+    form = result_form(found(step.undo.of), step.undo.of) if step.undo.of else _plain
+    return form.outcome(bytes(data))[0]
 
 
 def revived(step: Step, value: Any) -> Undo:
-    """The compensation of a journalled step, to be called: `value` is the step's, or `UNKNOWN`."""
-    assert step.undo is not None
-    function = found(step.undo.function)
-    args, kwargs = call_form(function, step.undo.function).read(step.undo.args, step.undo.kwargs)
-    for place in step.undo.results:
-        if isinstance(place, int):
-            args[place] = value
-        else:
-            kwargs[place] = value
+    """The compensation of a journalled step, to be called; `value` is the step's, or `UNKNOWN`."""
+    undo = step.undo
+    assert undo is not None
+    function = found(undo.function)
+    args, kwargs = call_form(function, undo.function).read(undo.args, undo.kwargs, undo.results, value)
     return Undo(step.number, step.name, Compensation(function, tuple(args), kwargs), (), {}, value)
 
 
-def incompatible(saga: str, id: str, text: str) -> SagaError:
-    """A journal that this code must not touch."""
-    return SagaError(text, saga, id)
+_plain = Form(Json(), Any, ())
+_PLAIN = (Any, object, None, type(None), str, int, float, bool, list, dict)

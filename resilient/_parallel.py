@@ -33,12 +33,9 @@ def announcing(run: Run, made: list[tuple[Undo, Any]]) -> list[Any]:
     for undo, function in made:
         undo.name = name_of(function, "the step")
         result_form(function, undo.name)
-        if book.recorded(undo.number, undo.name) is None:
-            todo.append(
-                book.step(
-                    undo.number, undo.name, undo if undo.compensate is not None else None, group, False, run._forward
-                )
-            )
+        undoing = None if undo.compensate is None else undo
+        if book.recorded(undo.number, undo.name, undo, run._forward) is None:
+            todo.append(book.step(undo.number, undo.name, undoing, group, False, run._forward, function))
     return todo
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from resilient._book import Lost
 from resilient._drive import Outcome, Program
 from resilient._undo import Undo, backwards, unwind
-from resilient.errors import Incompatible, SagaAborted, SagaError, SagaStuck, StoreError
+from resilient.errors import InFlight, SagaAborted, SagaError, SagaStuck, StoreError
 
 if TYPE_CHECKING:
     from resilient._book import Book
@@ -89,65 +89,85 @@ def settle(
     """The end of a saga: keep, undo, or leave as it is. The outcome's error is what the block raises."""
     run._over = True
     book = run._book
-    if book is not None and (book.lost or isinstance(error, Lost)):
-        # Somebody else has it, or the store is gone: whatever there is to do, the journal says it to whoever comes.
-        yield from book._close()
-        return Outcome(None, error)
-    if error is None:
-        assert book is not None
-        try:
+    if book is None:
+        return (yield from _settle(saga, run, None, error, guarded, None))
+    try:
+        return (yield from _settle(saga, run, book, error, guarded, ok))
+    except (StoreError, SagaError, InFlight, LookupError) as fault:
+        yield from book.close()
+        fault.add_note(f"resilient: saga {saga.name} ({run.id}) is not at its end: recovery will go on")
+        return Outcome(None, fault if error is None or isinstance(error, Exception) else error)
+    finally:
+        book.stop()
+
+
+def _settle(
+    saga: Saga, run: Run, book: Book | None, error: BaseException | None, guarded: Callable[..., Any], ok: bytes | None
+) -> Program:
+    if book is not None:
+        if book.lost or isinstance(error, Lost):
+            # Somebody else has it, or the store is gone: whatever there is to do, the journal says it to whoever comes.
+            yield from book.close()
+            return Outcome(None, book.fault if error is None else error)
+        if error is None and run._number < max(book.steps, default=0):
+            book.depart(f"it ended after step {run._number}, and there were {max(book.steps)}")
+        if book.departed is not None:
+            yield from book.leave()
+            return Outcome(None, book.departed)
+        if error is None:
             yield from book.finish("done", ok, None)
-        except (StoreError, SagaError) as fault:
-            return Outcome(None, fault)
-        ended(saga, run, "done")
-        return Outcome(None, None)
+            ended(saga, run, "done")
+            return Outcome(None, book.cut)
+    assert error is not None
     failure = isinstance(error, Exception)
-    if isinstance(error, Incompatible):
-        assert book is not None
-        yield from book.leave()
-        return Outcome(None, error)
-    if run._forward:
-        if book is not None and book.body is not None:
-            yield from book.leave()
-            error.add_note(f"resilient: saga {saga.name} ({run.id}) failed after its pivot: recovery will go forward")
-            return Outcome(None, error)
-        if book is not None:
-            yield from book.relabel("stuck", stuck=[f"failed after its pivot: {error!r}"])
-            yield from book.leave()
-        ended(saga, run, "stuck")
-        if not failure:
-            return Outcome(None, error)
-        assert isinstance(error, Exception)
-        stuck = SagaStuck("it failed after its pivot, from where it cannot go back", [error], saga.name, run.id)
-        return Outcome(None, stuck)
+    if run._forward or (book is not None and book.forward):
+        return (yield from _pivoted(saga, run, book, error))
     if failure and saga.compensate_on is not None and error not in saga.compensate_on:
+        text = f"resilient: saga {saga.name} ({run.id}) is not undone: compensate_on does not name this error"
+        error.add_note(text)
         if book is not None:
+            if book.body is None and book.begun:
+                yield from book.relabel("stuck", stuck=[f"{error!r}, which compensate_on does not name"])
             yield from book.leave()
-        error.add_note(f"resilient: saga {saga.name} ({run.id}) is not undone: compensate_on does not name this error")
         return Outcome(None, error)
-    return (yield from rollback(saga, run, error, backwards(run._stack), guarded))
+    undos = backwards(run._stack)
+    if book is not None and run._number < max(book.steps, default=0):
+        # It failed before it came to where another process was: that is undone as well, and first.
+        undos = [*book.left(run._number), *undos]
+    return (yield from rollback(saga, run, error, undos, guarded))
+
+
+def _pivoted(saga: Saga, run: Run, book: Book | None, error: BaseException) -> Program:
+    """It failed where there is no way back."""
+    if book is not None and book.body is not None:
+        yield from book.leave()
+        error.add_note(f"resilient: saga {saga.name} ({run.id}) failed after its pivot: recovery will go forward")
+        return Outcome(None, error)
+    if book is not None:
+        yield from book.relabel("stuck", stuck=[f"failed after its pivot: {error!r}"])
+        yield from book.leave()
+    ended(saga, run, "stuck")
+    if not isinstance(error, Exception):
+        return Outcome(None, error)
+    stuck = SagaStuck("it failed after its pivot, from where it cannot go back", [error], saga.name, run.id)
+    return Outcome(None, stuck)
 
 
 def rollback(saga: Saga, run: Run, error: BaseException, undos: list[Undo], guarded: Callable[..., Any]) -> Program:
-    """Undo, note it, and say how it ended."""
+    """Undo, note it, and say how it ended. With a journal, raises what keeps it from being written."""
     book = run._book
     text = f"{type(error).__qualname__}: {error}"
-    try:
-        if book is not None and book.failed is None and book.begun:
-            yield from book.relabel("compensating", failed=text)
-        note = None if book is None else _noting(book)
-        errors, cut = yield from unwind(saga.name, run.id, undos, guarded, saga.env, note)
+    if book is not None and book.begun and book.failed is None:
+        yield from book.relabel("compensating", failed=text)
+    note = None if book is None else _noting(book)
+    errors, cut = yield from unwind(saga.name, run.id, undos, guarded, saga.env, note)
+    if book is not None:
         if errors:
-            if book is not None:
-                yield from book.relabel("stuck", stuck=[repr(one) for one in errors])
-                yield from book.leave()
-        elif book is not None and book.begun:
-            yield from book.finish("aborted", None, text)
-    except (StoreError, SagaError) as fault:
-        if book is not None:
-            yield from book._close()
-        fault.add_note(f"resilient: saga {saga.name} ({run.id}) is not undone to the end: recovery will go on")
-        return Outcome(None, fault if isinstance(error, Exception) else error)
+            yield from book.relabel("stuck", stuck=[repr(one) for one in errors])
+            yield from book.leave()
+        elif book.begun:
+            yield from book.finish("aborted", None, book.failed or text)
+        cut = cut if book.cut is None else book.cut
     ended(saga, run, "stuck" if errors else "aborted")
     if cut is not None or not isinstance(error, Exception):
         last = cut if cut is not None else error

@@ -10,29 +10,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
-from msgspec import Raw, Struct, UnsetType
+from msgspec import Raw, UnsetType
 
-from resilient._ambient import nearest
 from resilient._book import Book
-from resilient._drive import Cut, Outcome, Program, Wait, adrive, drive
+from resilient._drive import Outcome, Program, adrive, drive
 from resilient._guard import kind_of
-from resilient._journal import CallForm, revived, write
-from resilient._journal import result_form as form_of_result
+from resilient._journal import CallForm, result_form, vouch_for, write
 from resilient._run import Run, raw, task_keeper, thread_keeper
 from resilient._settle import apply_async, apply_sync, never, rollback, settle
-from resilient._undo import UNKNOWN, Undo
-from resilient.errors import Incompatible, InFlight, SagaAborted, SagaError, SagaStuck, StoreError
+from resilient._takeover import Again, Elsewhere, Ended, Rules, enter
+from resilient.errors import SagaAborted, SagaError, StoreError
 from resilient.policy import SYSTEM, Env, whole
 from resilient.saga import AsyncSagaRun, Saga, SagaRun
-from resilient.stores._ops import Acquired, Claim, History
 
 if TYPE_CHECKING:
     from resilient.retry import Retry
 
 __all__ = ["DurableBody", "DurableSaga", "known"]
+
+Given: TypeAlias = tuple[list[Any], dict[str, Any]]
 
 _bodies: dict[str, DurableBody] = {}
 
@@ -92,11 +91,13 @@ class DurableSaga:
         if in_doubt not in ("rerun", "stuck"):
             raise ValueError(f"in_doubt must be 'rerun' or 'stuck', not {in_doubt!r}")
         self.name, self.store, self.version, self.lease, self.env = name, probe.store, version, lease, env
-        self.in_doubt = in_doubt
+        self.in_doubt: Literal["rerun", "stuck"] = in_doubt
         self.attempts = whole("attempts", attempts)
 
     def __call__(self, body: Callable[..., Any], /) -> DurableBody:
         """Make `body` the body of this saga. `ValueError` if another one has its name."""
+        # What the body's own package has may be named by its journals.
+        vouch_for(body.__module__.partition(".")[0])
         if self.engine is not None:
             bound: DurableBody = self.engine.bind(self, body)
             return bound
@@ -124,28 +125,6 @@ def _place(function: Any) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 
-class Ended(Struct):
-    """The result that the record of a saga holds."""
-
-    v: int
-    saga: str
-    at: float = 0.0
-    done: dict[str, Raw] = {}
-    ok: Raw | UnsetType = msgspec.UNSET
-    error: str = ""
-
-
-def ended(data: bytes) -> Ended:
-    """Read the end of a saga; `StoreError` for what is none."""
-    try:
-        made = msgspec.json.decode(data, type=Ended)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise StoreError(f"the end of the saga cannot be read: {error}") from None
-    if made.v != 1:
-        raise StoreError(f"the end of the saga was written by another version ({made.v})")
-    return made
-
-
 class DurableBody:
     """A durable saga's body: call it with an id. `recover()` finishes what other processes began."""
 
@@ -155,7 +134,7 @@ class DurableBody:
         functools.update_wrapper(self, body)
         self.durable, self.is_async = durable, is_async
         self._input = CallForm(body, _place(body), skip=1)
-        self._result = form_of_result(body, _place(body))
+        self._result = result_form(body, _place(body))
 
     @property
     def name(self) -> str:
@@ -171,9 +150,18 @@ class DurableBody:
         given = self._input.write(args, kwargs)
         # What comes back from the journal later is what the body gets now.
         again = self._input.read(*given)
-        saga = self._saga(id)
         body = raw(write([given[0], given[1]]))
-        return self._arun(saga, body, *again) if self.is_async else self._run(saga, body, *again)
+        going = self._arun if self.is_async else self._run
+        return going(self.durable.store, id, body, again, self._rules(wait=True))
+
+    def resume(self, store: Any, id: str, body: Raw, again: Again = "") -> Any:
+        """Go on with what the journal in `store` says, by the arguments in it; a coroutine, if the body is one."""
+        try:
+            given = self._input.read(*msgspec.json.decode(body, type=tuple[Raw, Raw]))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise StoreError(f"the journal has arguments that cannot be read: {error}") from None
+        going = self._arun if self.is_async else self._run
+        return going(store, id, body, given, self._rules(again=again))
 
     def recover(self) -> Any:
         """Finish the sagas of this name whose processes have died. See `resilient.sagas.recover`."""
@@ -187,177 +175,129 @@ class DurableBody:
 
         return await arecover(self.durable.store, name=self.name)
 
-    def resume(self, id: str, body: Raw) -> Any:
-        """Go on with a saga by its recorded arguments; a coroutine, if the body is one."""
-        args, kwargs = msgspec.json.decode(body, type=tuple[Raw, Raw])
-        again = self._input.read(args, kwargs)
-        return self._arun(self._saga(id), body, *again) if self.is_async else self._run(self._saga(id), body, *again)
-
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def _saga(self, id: str) -> Saga:
-        return Saga(self.name, id=id, store=self.durable.store, **self.durable._options)
+    def _rules(self, *, wait: bool = False, again: Again = "") -> Rules:
+        durable = self.durable
+        return Rules(wait, durable.version, durable.attempts, durable.in_doubt, again)
 
-    def _book(self, saga: Saga, body: Raw, keeper: Any) -> Book:
-        assert saga.id is not None
-        return Book(saga.store, saga.env, saga.name, saga.id, saga.version, saga.lease, keeper, body)
+    def _prepared(self, run: Any, body: Raw, keeper: Any) -> Book:
+        saga: Saga = run._saga
+        return Book(saga.store, saga.env, saga.name, run.id, saga.version, saga.lease, keeper, body)
 
-    def _run(self, saga: Saga, body: Raw, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        store, env = saga.store, saga.env
-        run = SagaRun(saga)
-        book = self._book(saga, body, thread_keeper(store, saga.lease, env))
-        entered = drive(self._enter(book), store, env, never, (), {}).result()
-        if isinstance(entered, Ended):
-            return self._ended(entered, saga)
-        run._book = book
-        guarded = saga._retry().sync(apply_sync, env)
-        if book.failed is not None:
-            return drive(_undone(saga, run, book, guarded), store, env, never, (), {}).result()
-        limit = saga._limited(run)
-        try:
+    def _run(self, store: Any, id: str, body: Raw, given: Given, rules: Rules) -> Any:
+        while True:
+            saga = Saga(self.name, id=id, store=store, **self.durable._options)
+            env, run = saga.env, SagaRun(saga)
+            guarded = saga._retry().sync(apply_sync, env)
+            book = self._prepared(run, body, thread_keeper(store, saga.lease, env))
             try:
-                value = self.__wrapped__(run, *args, **kwargs)
+                end = drive(enter(book, rules), store, env, never, (), {}).result()
+                self._there(end, rules, id)
+                if isinstance(end, Ended):
+                    return self._ended(end, id)
+                run._book = book
+                if book.failed is not None:
+                    return drive(undone(saga, run, book, guarded), store, env, never, (), {}).result()
+                limit = saga._limited(run)
+                try:
+                    try:
+                        value = self.__wrapped__(run, *given[0], **given[1])
+                    finally:
+                        limit()
+                    ok = self._result.keep(value)
+                except BaseException as error:
+                    if again_after(book, rules):
+                        continue
+                    drive(settle(saga, run, error, guarded), store, env, never, (), {}).reraise(error)
+                    raise
+                outcome = drive(settle(saga, run, None, guarded, ok), store, env, never, (), {})
+                if again_after(book, rules):
+                    continue
+                outcome.result()
+                return value
             finally:
-                limit()
-            ok = self._result.keep(value)
-        except BaseException as error:
-            drive(settle(saga, run, error, guarded), store, env, never, (), {}).reraise(error)
-            raise
-        drive(settle(saga, run, None, guarded, ok), store, env, never, (), {}).result()
-        return value
+                book.stop()
 
-    async def _arun(self, saga: Saga, body: Raw, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    async def _arun(self, store: Any, id: str, body: Raw, given: Given, rules: Rules) -> Any:
         from resilient._aio import sheltered
 
-        store, env = saga.store, saga.env
-        run = AsyncSagaRun(saga)
-        book = self._book(saga, body, task_keeper(store, saga.lease, env))
-        entered = (await adrive(self._enter(book), store, env, never, (), {})).result()
-        if isinstance(entered, Ended):
-            return self._ended(entered, saga)
-        run._book = book
-        guarded = saga._retry().coro(apply_async, env)
-        if book.failed is not None:
-            return (await adrive(_undone(saga, run, book, guarded), store, env, never, (), {})).result()
-        limit = saga._limited(run)
-        try:
-            try:
-                value = await self.__wrapped__(run, *args, **kwargs)
-            finally:
-                limit()
-            ok = self._result.keep(value)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            program = settle(saga, run, error, guarded)
-            gone = not isinstance(error, Exception)
-            outcome, came = await sheltered(gone, saga.grace, adrive, program, store, env, never, (), {})
-            if came:
-                from asyncio import CancelledError
-
-                raise CancelledError from error
-            outcome.reraise(error)
-            raise
-        (await adrive(settle(saga, run, None, guarded, ok), store, env, never, (), {})).result()
-        return value
-
-    def _ended(self, end: Ended, saga: Saga) -> Any:
-        if end.saga == "done" and end.ok is not msgspec.UNSET:
-            value, error = self._result.outcome(bytes(end.ok))
-            if error is None:
-                return value
-        raise SagaAborted(f"a step failed, and all that was done is undone: {end.error}", saga.name, str(saga.id))
-
-    def _enter(self, book: Book) -> Program:
-        """Find out what there is of a saga: nothing (None), its end (`Ended`), or a journal to go on with (`Book`)."""
-        began = False
         while True:
-            got = yield History(book.beat.stored)
-            if isinstance(got, (StoreError, Cut)):
-                return Outcome(None, got if isinstance(got, StoreError) else got.error)
-            if got is None:
-                return Outcome(None, None)
-            record, entries = got
-            if record.state == "done":
-                return Outcome(ended(record.result), None)
-            if record.state == "running":
-                left = nearest(book.env.clock) - book.env.clock.now()
-                if left <= 0:
-                    return Outcome(None, InFlight(book.saga, book.id, max(0.0, record.mark - book.env.clock.at())))
-                cut = yield Wait(book.beat.stored, min(left, 1.0 if began else 0.0))
-                began = True
-                if isinstance(cut, Cut):
-                    return Outcome(None, cut.error)
-                continue
-            head = book.load(entries)
-            if book.stuck:
-                errors: list[Exception] = [SagaError(text, book.saga, book.id) for text in book.stuck]
-                return Outcome(None, SagaStuck("it is stuck", errors, book.saga, book.id))
-            if head.version != book.version:
-                text = f"its journal is of version {head.version}, and this is version {book.version}"
-                return Outcome(None, Incompatible(text, book.saga, book.id))
-            reply = yield Claim(book.beat.stored, book.beat.owner, book.lease, "", record.label, True)
-            if isinstance(reply, Cut):
-                return Outcome(None, reply.error)
-            if isinstance(reply, StoreError):
-                return Outcome(None, reply)
-            if type(reply) is not Acquired:
-                continue
-            book.beat.fence, book.beat.attempt = reply.fence, reply.attempt
-            # Once more: the last owner may have written between the look and the claim.
-            got = yield History(book.beat.stored)
-            if not isinstance(got, tuple):
-                return Outcome(None, got if isinstance(got, StoreError) else None)
-            book.load(got[1])
-            book.keeper.begin(book.beat)
-            trouble = self._trouble(book)
-            if trouble:
-                yield from book.relabel("stuck", stuck=[trouble])
-                yield from book.leave()
-                error = SagaError(trouble, book.saga, book.id)
-                return Outcome(None, SagaStuck("it is stuck", [error], book.saga, book.id))
-            return Outcome(book, None)
+            saga = Saga(self.name, id=id, store=store, **self.durable._options)
+            env, run = saga.env, AsyncSagaRun(saga)
+            guarded = saga._retry().coro(apply_async, env)
+            book = self._prepared(run, body, task_keeper(store, saga.lease, env))
+            try:
+                end = (await adrive(enter(book, rules), store, env, never, (), {})).result()
+                self._there(end, rules, id)
+                if isinstance(end, Ended):
+                    return self._ended(end, id)
+                run._book = book
+                if book.failed is not None:
+                    program = undone(saga, run, book, guarded)
+                    outcome, came = await sheltered(False, saga.grace, adrive, program, store, env, never, (), {})
+                    if came:
+                        from asyncio import CancelledError
 
-    def _trouble(self, book: Book) -> str:
-        """Why a saga that was left unfinished is not gone on with, if so."""
-        if book.beat.attempt > self.durable.attempts:
-            return f"{book.beat.attempt - 1} processes have not finished it"
-        if self.durable.in_doubt == "stuck" and book.failed is None:
-            for number, step in book.steps.items():
-                if number not in book.results:
-                    return f"step {number} ({step.name}) had begun, and nobody knows how it ended"
-        return ""
+                        raise CancelledError from outcome.error
+                    return outcome.result()
+                limit = saga._limited(run)
+                try:
+                    try:
+                        value = await self.__wrapped__(run, *given[0], **given[1])
+                    finally:
+                        limit()
+                    ok = self._result.keep(value)
+                except GeneratorExit:
+                    raise
+                except BaseException as error:
+                    if again_after(book, rules):
+                        continue
+                    program = settle(saga, run, error, guarded)
+                    gone = not isinstance(error, Exception)
+                    outcome, came = await sheltered(gone, saga.grace, adrive, program, store, env, never, (), {})
+                    if came:
+                        from asyncio import CancelledError
+
+                        raise CancelledError from error
+                    outcome.reraise(error)
+                    raise
+                outcome = await adrive(settle(saga, run, None, guarded, ok), store, env, never, (), {})
+                if again_after(book, rules):
+                    continue
+                outcome.result()
+                return value
+            finally:
+                book.stop()
+
+    def _there(self, end: Any, rules: Rules, id: str) -> None:
+        if not rules.wait and (end is None or isinstance(end, Ended)):
+            raise Elsewhere("it has just ended, or been removed, elsewhere", self.name, id)
+
+    def _ended(self, end: Ended, id: str) -> Any:
+        if end.saga == "done" and not isinstance(end.ok, UnsetType):
+            value, _ = self._result.outcome(bytes(end.ok))
+            return value
+        if end.saga == "aborted":
+            text = f"a step failed, and all that was done is undone: {end.error}"
+            raise SagaAborted(text, self.name, id)
+        raise SagaError(f"it has ended already: {end.saga}{f' ({end.error})' if end.error else ''}", self.name, id)
 
 
-def _undone(saga: Saga, run: Run, book: Book, guarded: Callable[..., Any]) -> Program:
-    """Go on undoing, by the journal alone."""
+def again_after(book: Book, rules: Rules) -> bool:
+    """Whether nothing has been run, since another call with this id was first: then it is to be waited for."""
+    return book.taken and rules.wait
+
+
+def undone(saga: Saga, run: Run, book: Book, guarded: Callable[..., Any]) -> Program:
+    """Go on undoing, by the journal alone; the outcome's error says how it ended."""
     error = SagaError(f"a step failed: {book.failed}", saga.name, run.id)
-    run._over = True
-    outcome = yield from rollback(saga, run, error, journalled(book), guarded)
+    run._over, run._book = True, book
+    try:
+        outcome = yield from rollback(saga, run, error, book.left(), guarded)
+    except (StoreError, SagaError, LookupError) as fault:
+        yield from book.leave()
+        return Outcome(None, fault)
     if outcome.error is not None and outcome.error.__cause__ is None:
         outcome.error.__cause__ = error
     return outcome
-
-
-def journalled(book: Book) -> list[Undo]:
-    """What the journal says is to be undone yet, the last first. `LookupError` for a function that is not here."""
-    undos: list[Undo] = []
-    for number in sorted(book.steps, reverse=True):
-        step = book.steps[number]
-        if step.undo is None or number in book.undone:
-            continue
-        data = book.results.get(number)
-        if data is None and step.late:
-            continue
-        value = UNKNOWN if data is None else _value(bytes(data), step.name)
-        undos.append(revived(step, value))
-    return undos
-
-
-def _value(data: bytes, name: str) -> Any:
-    from resilient._journal import found
-
-    value, error = form_of_result(found(name), name).outcome(data)
-    if error is not None:
-        raise StoreError("the journal has an error where a value should be")
-    return value

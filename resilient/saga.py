@@ -148,6 +148,8 @@ class Saga:
             self._unlimit()
         if isinstance(error, GeneratorExit):
             # Nothing may be awaited any more. With a store, another process goes on from here.
+            if run._book is not None:
+                run._book.stop()
             return
         if error is None and run._book is None:
             run._over = True
@@ -271,16 +273,15 @@ class SagaRun(Run):
         book, number = self._book, undo.number
         undo.name = undo.name or (called(function) if book is None else name_of(function, "the step"))
         if book is not None:
-            form = result_form(function, undo.name)
-            if book.recorded(number, undo.name) is not None and number in book.results:
+            form = result_form(function, name_of(function, "the step"))
+            if book.recorded(number, undo.name, undo, self._forward) is not None and number in book.results:
                 undo.value = book.value(number, function, undo.name)
                 if undo.compensate is not None:
                     self._stack.append(undo)
                 return undo.value
             if number not in book.steps:
-                step = book.step(
-                    number, undo.name, None if undo.compensate is None else undo, 0, register == "after", self._forward
-                )
+                undoing = None if undo.compensate is None else undo
+                step = book.step(number, undo.name, undoing, 0, register == "after", self._forward, function)
                 drive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
         if undo.compensate is not None and register == "before":
             self._stack.append(undo)
@@ -378,16 +379,15 @@ class AsyncSagaRun(Run):
         book, number = self._book, undo.number
         undo.name = undo.name or (called(function) if book is None else name_of(function, "the step"))
         if book is not None:
-            form = result_form(function, undo.name)
-            if book.recorded(number, undo.name) is not None and number in book.results:
+            form = result_form(function, name_of(function, "the step"))
+            if book.recorded(number, undo.name, undo, self._forward) is not None and number in book.results:
                 undo.value = book.value(number, function, undo.name)
                 if undo.compensate is not None:
                     self._stack.append(undo)
                 return undo.value
             if number not in book.steps:
-                step = book.step(
-                    number, undo.name, None if undo.compensate is None else undo, 0, register == "after", self._forward
-                )
+                undoing = None if undo.compensate is None else undo
+                step = book.step(number, undo.name, undoing, 0, register == "after", self._forward, function)
                 await adrive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
         if undo.compensate is not None and register == "before":
             self._stack.append(undo)

@@ -1,37 +1,51 @@
 """Sagas from outside: finish what dead processes began, look at them, and decide where nobody else can.
 
 `recover` finds sagas whose lease is over and finishes them: durable bodies forward, from their journal; blocks, and
-whatever was being undone already, backwards. One saga that cannot be finished keeps no other from it. Several recoverers at once
-are no trouble: the lease and its fence let one of them have each saga. Safe from any thread and loop.
+whatever was being undone already, backwards. One saga that cannot be finished keeps no other from it. Several
+recoverers at once are no trouble: the lease and its fence let one of them have each saga. What a person decides is
+refused where it would break a promise. Each function has an async twin, with an `a` before its name. Safe from any
+thread and loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import importlib
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Struct, UnsetType
+from msgspec import Raw
 
-from resilient._book import Book, stored_key
-from resilient._drive import Cut, Outcome, Program, adrive, drive
-from resilient._guard import kind_of
-from resilient._journal import Entry, read
-from resilient._run import Run, task_keeper, thread_keeper
-from resilient._settle import never, rollback
-from resilient._undo import Compensation, Undo
-from resilient.durable import Ended, ended, journalled, known
-from resilient.errors import SagaAborted, SagaError, SagaStuck, StoreError
+from resilient._book import TTL, stored_key
+from resilient._drive import Outcome, Program, adrive, drive
+from resilient._journal import read, vouch_for, write
+from resilient._keeper import Beat
+from resilient._recovery import Job, Recoverer, Report, SagaRecord, aone, one, pages, record_of
+from resilient._saga_views import Story, describe, mermaid, timeline
+from resilient._settle import never
+from resilient._takeover import Again, asked, ended
+from resilient.errors import InFlight, SagaError
 from resilient.policy import SYSTEM
-from resilient.saga import Saga
 from resilient.stores._open import shared
-from resilient.stores._ops import Acquired, Claim, History, Page, Record, Scan
+from resilient.stores._ops import Acquired, Claim, Finish, History, Record, Release
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from resilient.policy import Env
+    from resilient.retry import Retry
 
 __all__ = [
     "Report",
     "SagaRecord",
+    "Story",
+    "aabandon",
     "abandon",
+    "acompensate",
+    "alist_sagas",
     "arecover",
+    "aresume",
+    "ashow",
     "compensate",
     "describe",
     "list_sagas",
@@ -40,275 +54,209 @@ __all__ = [
     "resume",
     "show",
     "timeline",
+    "vouch",
 ]
 
-
-class _Label(Struct):
-    saga: str
-    id: str
-    version: int = 1
-    state: str = "running"
+STATES = {"running": "running", "compensating": "running", "orphaned": "in doubt", "stuck": "in doubt"}
+"""The state of the record, by that of the saga; for the others it is "done"."""
 
 
-class SagaRecord(Struct, frozen=True):
-    """One saga as its record says: `state` is running, orphaned, compensating, stuck, done, aborted or abandoned.
+def vouch(*modules: str) -> None:
+    """Import these modules, and let journals name functions of theirs, and of what is inside them.
 
-    Orphaned: its process has died, and nobody has it yet. Instants are wall time, in seconds since the epoch.
+    A journal is data: what it names is called only if it is in a package that has a durable body, if this process has
+    recorded it itself, or if somebody vouches for its module. Nothing is imported because a journal names it.
     """
-
-    name: str
-    id: str
-    version: int
-    state: str
-    attempt: int
-    began_at: float
-    mark: float
-    key: str
-
-
-class Report(Struct):
-    """What a recovery did, by ids: `name/id`."""
-
-    finished: list[str] = []
-    compensated: list[str] = []
-    stuck: list[str] = []
-    left: dict[str, str] = {}
-    """Sagas that could not be gone on with here, and why: another version, a name that this process does not know."""
-
-    def __str__(self) -> str:
-        text = f"{len(self.finished)} finished, {len(self.compensated)} undone, {len(self.stuck)} stuck"
-        return text if not self.left else f"{text}, {len(self.left)} left"
-
-
-def _record(record: Record) -> SagaRecord | None:
-    try:
-        label = msgspec.json.decode(record.label, type=_Label)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    state = label.state
-    if record.state == "done":
-        try:
-            state = ended(record.result or b"").saga
-        except StoreError:
-            state = "damaged"
-    elif record.state == "in doubt" and state != "stuck":
-        state = "orphaned"
-    return SagaRecord(
-        label.saga, label.id, label.version, state, record.attempt, record.began_at, record.mark, record.key
-    )
-
-
-def _store(store: Any) -> Any:
-    return shared(store) if isinstance(store, str) else store
-
-
-def _pages(store: Any, state: str) -> Iterator[Page]:
-    after = ""
-    while True:
-        page = store.execute(Scan(after, 200, '"saga":', state))
-        yield page
-        after = page.after
-        if not after:
-            return
-
-
-def list_sagas(store: Any, *, state: str = "", name: str = "") -> list[SagaRecord]:
-    """The sagas in a store, of one `state` and `name` if given."""
-    store = _store(store)
-    wanted = {"": "", "running": "running", "compensating": "", "orphaned": "in doubt", "stuck": "in doubt"}
-    found = (_record(record) for page in _pages(store, wanted.get(state, "done")) for record in page.records)
-    return [one for one in found if one is not None and state in ("", one.state) and name in ("", one.name)]
-
-
-def _find(store: Any, id: str, name: str) -> tuple[SagaRecord, tuple[bytes, ...], Record]:
-    """The saga with this id, and its journal. `LookupError` if there is none, or (without a name) several."""
-    if name:
-        keys = [stored_key(name, id)]
-    else:
-        keys = [one.key for one in list_sagas(store) if one.id == id]
-    if len(keys) > 1:
-        raise LookupError(f"several sagas have the id {id!r}: say which name")
-    got = store.execute(History(keys[0])) if keys else None
-    record = None if got is None else _record(got[0])
-    if got is None or record is None:
-        raise LookupError(f"there is no saga with the id {id!r}")
-    return record, got[1], got[0]
-
-
-def show(store: Any, id: str, *, name: str = "") -> tuple[SagaRecord, list[Entry], Ended | None]:
-    """A saga, its journal, and its end if it has one."""
-    record, entries, raw = _find(_store(store), id, name)
-    return record, [read(entry) for entry in entries], ended(raw.result) if raw.result is not None else None
+    for module in modules:
+        importlib.import_module(module)
+        vouch_for(module)
 
 
 # -- recovery --------------------------------------------------------------------------------------------------------
 
 
-def recover(store: Any, *, name: str = "") -> Report:
+def recover(
+    store: Any,
+    *,
+    name: str = "",
+    modules: Iterable[str] = (),
+    retries: Retry | None = None,
+    lease: float = 30.0,
+    env: Env = SYSTEM,
+) -> Report:
     """Finish the sagas in `store` whose processes have died, those of `name` if given; say what came of each.
 
-    Durable sagas go on forward if this process has imported their bodies. Async bodies and compensations are run in an
-    event loop of their own.
+    Durable sagas go on forward if this process has imported their bodies. Functions that only a journal names must be
+    in `modules` (see `vouch`). `retries` and `lease` are for what is undone without a body (see `Saga`). Async bodies
+    and compensations are run in event loops of their own.
     """
-    store, report = _store(store), Report()
-    for page in _pages(store, "in doubt"):
-        for record in page.records:
-            one = _record(record)
-            if one is not None and one.state == "orphaned" and name in ("", one.name):
-                _recover(store, one, report)
-    return report
+    vouch(*modules)
+    return Recoverer(_store(store), name=name, retries=retries, lease=lease, env=env).round()
 
 
-async def arecover(store: Any, *, name: str = "") -> Report:
+async def arecover(
+    store: Any,
+    *,
+    name: str = "",
+    modules: Iterable[str] = (),
+    retries: Retry | None = None,
+    lease: float = 30.0,
+    env: Env = SYSTEM,
+) -> Report:
     """Finish the sagas in `store` whose processes have died. See `recover`.
 
     Plain bodies and compensations run in this task, between awaits.
     """
-    store, report, after = _store(store), Report(), ""
-    while True:
-        page = await store.aexecute(Scan(after, 200, '"saga":', "in doubt"))
-        for record in page.records:
-            one = _record(record)
-            if one is not None and one.state == "orphaned" and name in ("", one.name):
-                await _arecover(store, one, report)
-        after = page.after
-        if not after:
-            return report
+    vouch(*modules)
+    return await Recoverer(_store(store), name=name, retries=retries, lease=lease, env=env).around()
 
 
-def _recover(store: Any, record: SagaRecord, report: Report) -> None:
-    try:
-        book, run = _prepared(store, record, thread_keeper)
-        reply = drive(_look(book), store, SYSTEM, never, (), {}).result()
-        if reply is None:
-            return
-        head, undos = reply
-        body = known().get(record.name)
-        if body is not None and book.failed is None and not isinstance(head.input, UnsetType):
-            if body.is_async:
-                import asyncio
-
-                asyncio.run(body.resume(record.id, head.input))
-            else:
-                body.resume(record.id, head.input)
-            report.finished.append(_name(record))
-            return
-        _backwards(book, head, record)
-        saga = Saga(record.name, id=record.id)
-        run = Run(saga)
-        if any(kind_of(_function(undo)) != "sync" for undo in undos):
-            import asyncio
-
-            outcome = asyncio.run(_aback(store, record, report))
-        else:
-            outcome = drive(_back(store, record, book, saga, run, saga._undoer()), store, SYSTEM, never, (), {})
-        _say(report, record, outcome)
-    except Exception as error:
-        _tell(report, record, error)
+# -- looking ---------------------------------------------------------------------------------------------------------
 
 
-async def _arecover(store: Any, record: SagaRecord, report: Report) -> None:
-    try:
-        book, run = _prepared(store, record, task_keeper)
-        reply = (await adrive(_look(book), store, SYSTEM, never, (), {})).result()
-        if reply is None:
-            return
-        head, _ = reply
-        body = known().get(record.name)
-        if body is not None and book.failed is None and not isinstance(head.input, UnsetType):
-            going = body.resume(record.id, head.input)
-            if body.is_async:
-                await going
-            report.finished.append(_name(record))
-            return
-        _backwards(book, head, record)
-        _say(report, record, await _aback(store, record, report))
-    except Exception as error:
-        _tell(report, record, error)
+def list_sagas(store: Any, *, state: str = "", name: str = "") -> list[SagaRecord]:
+    """The sagas in a store, of one `state` and `name` if given. `state="stuck"`: those that need a person."""
+    store = _store(store)
+    found: list[SagaRecord] = drive(_listing(state, name), store, SYSTEM, never, (), {}).result()
+    return found
 
 
-async def _aback(store: Any, record: SagaRecord, report: Report) -> Outcome:
-    saga = Saga(record.name, id=record.id)
-    book, run = _prepared(store, record, task_keeper)
-    return await adrive(_back(store, record, book, saga, run, saga._aundoer()), store, SYSTEM, never, (), {})
+async def alist_sagas(store: Any, *, state: str = "", name: str = "") -> list[SagaRecord]:
+    """The sagas in a store. See `list_sagas`."""
+    store = _store(store)
+    found: list[SagaRecord] = (await adrive(_listing(state, name), store, SYSTEM, never, (), {})).result()
+    return found
 
 
-def _prepared(store: Any, record: SagaRecord, keeper: Any) -> tuple[Book, Run]:
-    lease = 30.0
-    book = Book(store, SYSTEM, record.name, record.id, record.version, lease, keeper(store, lease, SYSTEM), None)
-    return book, Run(Saga(record.name, id=record.id))
+def show(store: Any, id: str, *, name: str = "") -> Story:
+    """A saga, its journal, and its end if it has one. `LookupError` if there is none, or (without a name) several."""
+    made: Story = drive(_showing(id, name), _store(store), SYSTEM, never, (), {}).result()
+    return made
 
 
-def _look(book: Book) -> Program:
-    """The head of an orphan and what is to be undone of it; None where it is none any more."""
-    got = yield History(book.beat.stored)
-    if isinstance(got, (StoreError, Cut)):
-        return Outcome(None, got if isinstance(got, StoreError) else got.error)
-    if got is None or got[0].state != "in doubt":
-        return Outcome(None, None)
-    head = book.load(got[1])
-    return Outcome(
-        (head, [] if not isinstance(head.input, UnsetType) and book.failed is None else journalled(book)), None
-    )
+async def ashow(store: Any, id: str, *, name: str = "") -> Story:
+    """A saga, its journal, and its end if it has one. See `show`."""
+    made: Story = (await adrive(_showing(id, name), _store(store), SYSTEM, never, (), {})).result()
+    return made
 
 
-def _backwards(book: Book, head: Any, record: SagaRecord) -> None:
-    """Whether this saga may be undone by its journal alone; `LookupError` if it is to go forward, and cannot here."""
-    if not isinstance(head.input, UnsetType) and book.failed is None:
-        raise LookupError(f"no durable saga named {record.name!r} is known here: import its module")
+def _listing(state: str, name: str) -> Program:
+    found = yield from pages("" if not state else STATES.get(state, "done"))
+    each = (one for page in found for one in page)
+    return Outcome([one for one in each if state in ("", one.state) and name in ("", one.name)], None)
 
 
-def _back(store: Any, record: SagaRecord, book: Book, saga: Saga, run: Run, guarded: Any) -> Program:
-    """Take the saga over, and undo it."""
-    label = f'{{"saga":{msgspec.json.encode(record.name).decode()}'
-    reply = yield Claim(book.beat.stored, book.beat.owner, book.lease, "", "", True)
-    if isinstance(reply, (StoreError, Cut)):
-        return Outcome(None, reply if isinstance(reply, StoreError) else reply.error)
+def _found(id: str, name: str) -> Generator[Any, Any, tuple[SagaRecord, tuple[bytes, ...], Record]]:
+    keys: list[str] = [stored_key(name, id)]
+    if not name:
+        found = yield from pages("", f'"id":{msgspec.json.encode(id).decode()},')
+        keys = sorted({one.key for page in found for one in page if one.id == id})
+    if len(keys) > 1:
+        raise LookupError(f"several sagas have the id {id!r}: say which by its name")
+    got = asked((yield History(keys[0]))) if keys else None
+    record = None if got is None else record_of(got[0])
+    if got is None or record is None:
+        raise LookupError(f"there is no saga with the id {id!r}")
+    return record, got[1], got[0]
+
+
+def _showing(id: str, name: str) -> Program:
+    record, entries, raw = yield from _found(id, name)
+    end = None if raw.result is None else ended(raw.result)
+    return Outcome(Story(record, tuple([read(entry) for entry in entries]), end), None)
+
+
+# -- what people decide ----------------------------------------------------------------------------------------------
+
+
+def resume(store: Any, id: str, *, name: str = "", retries: Retry | None = None) -> SagaRecord:
+    """Go on with a saga that is stuck or orphaned, as it was going: forward, or undoing. What it is after that.
+
+    Refused (`SagaError`) for a block that was not being undone, and for what has ended; `InFlight` while it runs.
+    `SagaStuck` if it is stuck again.
+    """
+    return _decided(store, id, name, "resume", retries)
+
+
+async def aresume(store: Any, id: str, *, name: str = "", retries: Retry | None = None) -> SagaRecord:
+    """Go on with a saga that is stuck or orphaned, as it was going. See `resume`."""
+    return await _adecided(store, id, name, "resume", retries)
+
+
+def compensate(store: Any, id: str, *, name: str = "", retries: Retry | None = None) -> SagaRecord:
+    """Undo a saga that is stuck or orphaned, by its journal, or go on with that. What it is after that.
+
+    Refused (`SagaError`) past its pivot, and for what has ended; `InFlight` while it runs. `SagaStuck` if a
+    compensation fails for good.
+    """
+    return _decided(store, id, name, "compensate", retries)
+
+
+async def acompensate(store: Any, id: str, *, name: str = "", retries: Retry | None = None) -> SagaRecord:
+    """Undo a saga that is stuck or orphaned. See `compensate`."""
+    return await _adecided(store, id, name, "compensate", retries)
+
+
+def abandon(store: Any, id: str, why: str, *, name: str = "") -> SagaRecord:
+    """End a saga that is stuck or orphaned as it is, because a person says so, and keep `why`. What it is after that.
+
+    Nothing is run or undone; its journal need not be readable. `InFlight` while it runs, `SagaError` if it has ended.
+    """
+    made: SagaRecord = drive(_abandoning(id, name, _why(why)), _store(store), SYSTEM, never, (), {}).result()
+    return made
+
+
+async def aabandon(store: Any, id: str, why: str, *, name: str = "") -> SagaRecord:
+    """End a saga that is stuck or orphaned as it is. See `abandon`."""
+    made: SagaRecord = (await adrive(_abandoning(id, name, _why(why)), _store(store), SYSTEM, never, (), {})).result()
+    return made
+
+
+def _decided(store: Any, id: str, name: str, again: Again, retries: Retry | None) -> SagaRecord:
+    store = _store(store)
+    record: SagaRecord = drive(_finding(id, name), store, SYSTEM, never, (), {}).result()
+    one(Job(store, record.name, record.id, again, retries))
+    after: SagaRecord = drive(_finding(id, record.name), store, SYSTEM, never, (), {}).result()
+    return after
+
+
+async def _adecided(store: Any, id: str, name: str, again: Again, retries: Retry | None) -> SagaRecord:
+    store = _store(store)
+    record: SagaRecord = (await adrive(_finding(id, name), store, SYSTEM, never, (), {})).result()
+    await aone(Job(store, record.name, record.id, again, retries))
+    after: SagaRecord = (await adrive(_finding(id, record.name), store, SYSTEM, never, (), {})).result()
+    return after
+
+
+def _finding(id: str, name: str) -> Program:
+    record, _, _ = yield from _found(id, name)
+    return Outcome(record, None)
+
+
+def _abandoning(id: str, name: str, why: str) -> Program:
+    record, _, raw = yield from _found(id, name)
+    if raw.state == "running":
+        raise InFlight(record.name, id, max(0.0, raw.mark - SYSTEM.clock.at()))
+    if raw.state == "done":
+        raise SagaError(f"it has ended already: {record.state}", record.name, id)
+    beat = Beat(id, raw.key)
+    reply = asked((yield Claim(raw.key, beat.owner, 30.0, "", raw.label, True)))
     if type(reply) is not Acquired:
-        return Outcome(None, None)
-    book.beat.fence, book.beat.attempt = reply.fence, reply.attempt
-    got = yield History(book.beat.stored)
-    if not isinstance(got, tuple):
-        return Outcome(None, got if isinstance(got, StoreError) else None)
-    book.load(got[1])
-    book.keeper.begin(book.beat)
-    run._book, run._over = book, True
-    del label
-    failed = book.failed or "its process died"
-    if book.failed is None:
-        yield from book.relabel("compensating", failed=failed)
-        book.failed = failed
-    if book.beat.attempt > 10:
-        yield from book.relabel("stuck", stuck=[f"{book.beat.attempt - 1} processes have not finished it"])
-        yield from book.leave()
-        return Outcome(
-            None, SagaStuck("it is stuck", [SagaError("too many attempts", saga.name, run.id)], saga.name, run.id)
-        )
-    error = SagaError(failed, saga.name, run.id)
-    return (yield from rollback(saga, run, error, journalled(book), guarded))
+        raise SagaError("another process has just taken it over", record.name, id)
+    if reply.attempt == 1:
+        asked((yield Release(raw.key, beat.owner, reply.fence)))
+        raise LookupError(f"there is no saga with the id {id!r} any more")
+    end = write({"v": 1, "saga": "abandoned", "at": SYSTEM.clock.at(), "done": dict[str, Raw](), "error": why})
+    if not asked((yield Finish(raw.key, beat.owner, reply.fence, end, TTL))):
+        raise SagaError("another process has just taken it over", record.name, id)
+    return (yield from _finding(id, record.name))
 
 
-def _function(undo: Undo) -> Any:
-    given = undo.compensate
-    return given.function if type(given) is Compensation else given
+def _why(why: str) -> str:
+    if not isinstance(why, str) or not why.strip():
+        raise ValueError(f"why must say something, not {why!r}")
+    return why
 
 
-def _name(record: SagaRecord) -> str:
-    return f"{record.name}/{record.id}"
-
-
-def _say(report: Report, record: SagaRecord, outcome: Outcome) -> None:
-    if outcome.error is not None:
-        _tell(report, record, outcome.error)
-
-
-def _tell(report: Report, record: SagaRecord, error: BaseException) -> None:
-    name = _name(record)
-    if isinstance(error, SagaAborted):
-        report.compensated.append(name)
-    elif isinstance(error, SagaStuck):
-        report.stuck.append(name)
-    elif isinstance(error, Exception):
-        report.left[name] = f"{type(error).__name__}: {error}"
-    else:
-        raise error
+def _store(store: Any) -> Any:
+    return shared(store) if isinstance(store, str) else store
