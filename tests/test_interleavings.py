@@ -243,6 +243,7 @@ def test_who_once_tried_to_take_over_never_frees_the_key_though_it_waited_since(
     assert type(program.send(Busy(2, 2, "", 9.0))) is Wait
     again = Claim("k", "me", 30.0, awaited=True)
     assert program.send(None) == again
+    step: Any = None
     for _ in range(2):
         step = program.send(StoreError("no answer", maybe_written=True))
     assert step == Abandon("k", "me", 0)

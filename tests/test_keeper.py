@@ -261,6 +261,23 @@ def test_a_call_that_begins_while_the_thread_ends_is_served(other: bool) -> None
     assert keeper._running is other
 
 
+def test_only_what_is_due_is_renewed() -> None:
+    store = TroubledStore()
+    keeper = ThreadKeeper(store, 0.03, lambda beat: None)
+    due, later = Beat("due", "due", new_owner()), Beat("later", "later", new_owner())
+    keeper.pending = {due: 0.0, later: 1e12}
+    keeper._running = True
+
+    def ends() -> None:
+        keeper.end(later)
+        due._over = True
+
+    store.meet(Renew, ends)
+    keeper._run()
+    assert [op.key for op in store.ops] == ["due"]
+    assert not keeper._running
+
+
 def test_after_a_fork_calls_of_the_parent_are_not_renewed_and_threads_begin_anew() -> None:
     code = """
 import os, sys, threading

@@ -232,6 +232,9 @@ def test_a_file_that_others_hold_is_an_error_after_the_busy_timeout(tmp_path: Pa
         store.execute(Claim("new", "a", 10.0))
     assert not caught.value.maybe_written
     assert isinstance(store.execute(Claim("k", "b", 10.0)), Busy), "who reads waits for nobody"
+    with pytest.raises(StoreError, match="locked") as caught:
+        store.execute(Finish("k", "a", 0, b"", 10.0))
+    assert not caught.value.maybe_written
     other.execute("ROLLBACK")
     other.close()
     store.close()
@@ -327,7 +330,7 @@ def test_many_readers_at_once_are_not_all_kept() -> None:
     store.close()
 
 
-def test_the_lock_of_the_writer_is_held_when_the_clock_is_read(tmp_path: Path) -> None:
+def test_a_claim_reads_the_clock_while_it_holds_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     seen: list[bool] = []
 
@@ -343,12 +346,19 @@ def test_the_lock_of_the_writer_is_held_when_the_clock_is_read(tmp_path: Path) -
             return super().at()
 
     store = SQLiteStore(path, clock=Clock())
-    store.execute(Finish("k", "a", 1, b"", 1.0))
-    assert seen == [True]
-    store.execute(Claim("k", "a", 1.0))
-    assert seen == [True, False, True], "looking takes no lock, taking does"
-    store.execute(Claim("k", "b", 1.0))
-    assert seen == [True, False, True, False]
+
+    def asked(op: Op[Any]) -> list[bool]:
+        seen.clear()
+        store.execute(op)
+        return seen
+
+    store.prepare()
+    assert asked(Claim("k", "a", 100.0)) == [False, True], "looking takes no lock, taking does"
+    assert asked(Claim("other", "a", 100.0)) == [True], "after a new key, the next is probably new"
+    assert asked(Claim("k", "b", 1.0)) == [True]
+    assert asked(Claim("k", "b", 1.0)) == [False], "and so the other way round"
+    assert asked(Finish("k", "a", 0, b"", 1.0)) == [False], "the owner decides, not the clock"
+    assert asked(Finish("k", "b", 0, b"", 1.0)) == [False, True]
     store.close()
 
 

@@ -33,6 +33,7 @@ from resilient.stores import (
     _sqlite_file,
     _sqlite_group,
 )
+from resilient.stores._watch import Bells
 from resilient.stores.sqlite import SQLiteStore
 from tests.worlds import World, worlds
 
@@ -198,6 +199,91 @@ def test_a_commit_that_fails_says_whether_it_may_be_there(
     assert isinstance(store.execute(Claim("k", "b", 10.0)), Acquired)
 
 
+@pytest.mark.parametrize(
+    ("name", "maybe"), [("FULL", False), ("IOERR_FSYNC", True), ("CONSTRAINT_CHECK", False), ("CORRUPT", False)]
+)
+def test_a_statement_alone_that_fails_says_whether_it_may_be_there(store: SQLiteStore, name: str, maybe: bool) -> None:
+    store.execute(Claim("k", "a", 10.0))
+    gate = Gate(store)
+    gate.fail["UPDATE"] = failing(name)
+    with pytest.raises(StoreError, match=f"{name} happened") as caught:
+        store.execute(Finish("k", "a", 0, b"", 10.0))
+    assert caught.value.maybe_written is maybe
+    assert store.execute(Finish("k", "a", 0, b"", 10.0)) is True
+    assert gate.seen == ["UPDATE", "UPDATE"], "no transaction around it"
+
+
+def test_a_statement_alone_in_the_middle_of_which_memory_runs_out_may_be_there(store: SQLiteStore) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    Gate(store).fail["UPDATE"] = fail
+    with pytest.raises(StoreError, match="MemoryError") as caught:
+        store.execute(Abandon("k", "a", 0))
+    assert caught.value.maybe_written
+
+
+def test_who_is_alone_waits_for_the_lock_of_another_process_in_a_transaction(store: SQLiteStore) -> None:
+    store.execute(Claim("k", "a", 10.0))
+    gate = Gate(store)
+    gate.fail["UPDATE"] = gate.fail["BEGIN"] = failing("BUSY")
+    assert store.execute(Finish("k", "a", 0, b"", 10.0)) is True
+    assert gate.seen == ["UPDATE", "BEGIN", "PRAGMA", "BEGIN", "PRAGMA", "UPDATE", "COMMIT"]
+
+
+def test_while_another_process_has_the_lock_who_need_not_write_does_not_wait(store: SQLiteStore) -> None:
+    store.execute(Claim("k", "a", 10.0))
+    assert store._group._fresh
+    gate = Gate(store)
+    gate.fail["BEGIN"] = failing("BUSY")
+    assert isinstance(store.execute(Claim("k", "b", 10.0)), Busy)
+    assert gate.seen == ["BEGIN", "SELECT"]
+    store.execute(Claim("new", "a", 10.0))
+
+    gate.seen.clear()
+    gate.fail["BEGIN"] = failing("BUSY")
+    assert isinstance(asyncio.run(store.aexecute(Claim("k", "b", 10.0))), Busy)
+    assert gate.seen == ["BEGIN", "SELECT"]
+
+
+def test_who_only_looks_waits_while_another_process_mends_the_file(store: SQLiteStore) -> None:
+    gate = Gate(store)
+    gate.fail["SELECT"] = failing("BUSY_RECOVERY")
+    assert store.execute(Read("k")) is None
+    assert gate.seen == ["SELECT", "PRAGMA", "SELECT", "PRAGMA"]
+
+
+def test_a_transaction_that_cannot_begin_is_an_error(store: SQLiteStore) -> None:
+    Gate(store).fail["BEGIN"] = failing("READONLY")
+
+    async def main() -> None:
+        with pytest.raises(StoreError, match="READONLY happened") as caught:
+            await store.aexecute(Claim("k", "a", 10.0))
+        assert not caught.value.maybe_written
+
+    asyncio.run(main())
+
+
+def test_who_only_looks_and_fails_says_why(store: SQLiteStore) -> None:
+    gate = Gate(store)
+    gate.fail["SELECT"] = failing("IOERR")
+    with pytest.raises(StoreError, match="IOERR happened") as caught:
+        store.execute(Read("k"))
+    assert not caught.value.maybe_written
+
+
+def test_a_claim_of_what_seemed_new_fails_like_any_other(store: SQLiteStore) -> None:
+    store.execute(Claim("k", "a", 10.0))
+    gate = Gate(store)
+    gate.fail["INSERT"] = failing("FULL", lambda: gate.write("ROLLBACK"))
+    with pytest.raises(StoreError, match="FULL happened") as caught:
+        store.execute(Claim("new", "a", 10.0))
+    assert not caught.value.maybe_written
+    with pytest.raises(StoreError, match="SQLite store"):
+        store.execute(Claim("\ud800", "a", 10.0))
+    assert isinstance(store.execute(Claim("new", "a", 10.0)), Acquired)
+
+
 def test_a_commit_of_which_nobody_knows_is_not_tried_again(store: SQLiteStore) -> None:
     gate, callers = Gate(store), Callers(store)
     inside, go = gate.hold("COMMIT")
@@ -222,14 +308,14 @@ def test_a_lock_that_cannot_be_had_is_an_error_for_all_who_wait(store: SQLiteSto
     inside, go = gate.hold("COMMIT")
     callers.call(Claim("first", "a", 10.0))
     inside.wait()
-    gate.fail["BEGIN"] = failing("BUSY")
+    gate.fail["BEGIN"] = failing("BUSY", lambda: gate.fail.__setitem__("BEGIN", failing("BUSY")))
     for number in range(3):
         callers.call(Claim(str(number), "a", 10.0))
         callers.queued(number + 1)
     go.set()
     answers = callers.end()
     assert [answers[number].maybe_written for number in (1, 2, 3)] == [False] * 3
-    assert gate.seen.count("BEGIN") == 2
+    assert gate.seen.count("BEGIN") == 3
 
 
 def test_a_connection_that_cannot_even_roll_back_is_made_anew(store: SQLiteStore) -> None:
@@ -413,6 +499,42 @@ def test_a_leader_interrupted_after_the_commit_still_hands_out(store: SQLiteStor
     assert gate.seen.count("COMMIT") == 2
 
 
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("op", [Finish("k", "a", 0, b"", 10.0), Claim("new", "a", 10.0)])
+def test_one_alone_who_is_interrupted_leaves_all_or_nothing(store: SQLiteStore, op: Any, after: bool) -> None:
+    store.execute(Claim("k", "a", 100.0))
+    gate = Gate(store)
+    watch = store.watch("k", task=False)
+    word = "UPDATE" if isinstance(op, Finish) else "COMMIT"
+
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    def struck(sql: str, parameters: Any = ()) -> Any:
+        answer = gate(sql, parameters)
+        if sql.split()[0] == word:
+            raise KeyboardInterrupt
+        return answer
+
+    if after:
+        store._file.write = struck
+    else:
+        gate.fail[word] = strike
+    with pytest.raises(KeyboardInterrupt):
+        store.execute(op)
+    store._file.write = gate
+    assert store._group._leader is None
+    record = store.execute(Read(op.key))
+    if word == "COMMIT":
+        assert (record is not None) is after
+    else:
+        assert record is not None
+        assert record.state == ("done" if after else "running")
+        watch.park(CLOCK, 30.0)  # rung, since it may have ended
+    watch.close()
+    assert isinstance(store.execute(Claim("other", "a", 10.0)), Acquired)
+
+
 def test_one_who_waits_and_is_interrupted_is_taken_from_the_queue(store: SQLiteStore) -> None:
     gate, callers = Gate(store), Callers(store)
     inside, go = gate.hold("COMMIT")
@@ -591,14 +713,15 @@ def test_errors_of_tasks_are_their_own(store: SQLiteStore, world: World, tmp_pat
 
 
 def test_a_fault_in_the_thread_for_tasks_reaches_those_who_wait(store: SQLiteStore) -> None:
-    def broken(jobs: object) -> None:
-        raise ZeroDivisionError
+    class Broken(Bells):
+        def __bool__(self) -> bool:
+            raise ZeroDivisionError
 
     async def main() -> None:
-        store._group._ended = broken
+        store._group._bells = Broken()
         with pytest.raises(ZeroDivisionError):
             await store.aexecute(Claim("k", "a", 10.0))
-        store._group._ended = lambda jobs: None
+        store._group._bells = Bells()
         assert isinstance(await store.aexecute(Claim("k", "b", 10.0)), Busy)
 
     asyncio.run(main())
@@ -792,10 +915,15 @@ def test_a_fork_that_is_interrupted_before_it_begins_leaves_no_trace(
 def test_a_store_whose_last_reference_is_in_its_own_thread_closes_itself(store: SQLiteStore) -> None:
     group = store._group
 
+    class Dropping(Bells):
+        def __bool__(self) -> bool:
+            group.drop()
+            return False
+
     async def main() -> None:
-        group._ended = lambda jobs: group.drop()
+        group._bells = Dropping()
         await store.aexecute(Claim("k", "a", 10.0))
-        group._ended = lambda jobs: None
+        group._bells = Bells()
         await settled(lambda: store._file.writer is None and group._writer is None)
 
     asyncio.run(main())

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from resilient.clock import SystemClock
 from resilient.errors import StoreError
@@ -21,10 +22,15 @@ if TYPE_CHECKING:
     from resilient.stores._ops import AnyOp
     from resilient.stores._sqlite_sql import Execute, Sql
 
-__all__ = ["TROUBLE", "File", "copy", "wrapped"]
+__all__ = ["TROUBLE", "File", "busy", "copy", "unsure", "wrapped"]
+
+R = TypeVar("R")
 
 _READERS = 8  # that are kept for the next operation; more are opened while more threads read at once
 _clock = SystemClock()  # for waits, whatever clock judges leases
+
+# Errors after which nobody knows what is on the disk.
+_UNSURE = ("SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_INTERRUPT", "SQLITE_INTERNAL")
 
 # What a store may meet in SQLite and in values that are not for it. All else is a fault in here, and shown as it is.
 TROUBLE = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, MemoryError)
@@ -33,7 +39,7 @@ TROUBLE = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, MemoryEr
 def wrapped(error: Exception, path: str, *, maybe_written: bool = False) -> Exception:
     """What the caller is told about `error`."""
     if isinstance(error, TROUBLE):
-        told = StoreError(f"SQLite store {path}: {error or type(error).__name__}", maybe_written=maybe_written)
+        told = StoreError(f"SQLite store {path}: {str(error) or type(error).__name__}", maybe_written=maybe_written)
         told.__cause__ = error
         return told
     return error
@@ -46,6 +52,16 @@ def copy(error: Exception) -> Exception:
         told.__cause__ = error.__cause__
         return told
     return error
+
+
+def busy(error: Exception) -> bool:
+    """Whether somebody else holds the lock."""
+    return getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+
+
+def unsure(error: Exception) -> bool:
+    """Whether a statement that ended with `error`, and commits by itself, may be on the disk all the same."""
+    return isinstance(error, MemoryError) or getattr(error, "sqlite_errorname", "").startswith(_UNSURE)
 
 
 class File:
@@ -104,10 +120,29 @@ class File:
 
     def look(self, op: AnyOp) -> Any:
         """The same by the connection that writes, for who leads: what it reads is what a write needs next."""
+        execute = self.ready()
         try:
-            return self.sql.peek(self.ready(), op, self.at())
+            try:
+                return self.sql.peek(execute, op, self.at())
+            except sqlite3.OperationalError as error:
+                if not busy(error):
+                    raise
+                return self._patiently(lambda: self.sql.peek(execute, op, self.at()))
         except TROUBLE as error:
             raise wrapped(error, self.path) from error
+
+    def begin(self) -> None:
+        """Begin a transaction that writes, however long others hold the lock, up to the busy timeout."""
+        execute = self.ready()
+        self._patiently(lambda: execute("BEGIN IMMEDIATE"))
+
+    def _patiently(self, act: Callable[[], R]) -> R:
+        execute = self.ready()
+        execute(f"PRAGMA busy_timeout = {round(self._busy_timeout * 1000)}")
+        try:
+            return act()
+        finally:
+            execute("PRAGMA busy_timeout = 0")
 
     def roll_back(self) -> None:
         """Roll back what the writer has begun."""
@@ -179,6 +214,7 @@ class File:
             self._wal(writer)
             writer.execute(f"PRAGMA synchronous = {self._synchronous}")
             self._migrate(writer)
+            writer.execute("PRAGMA busy_timeout = 0")
         except BaseException as error:
             writer.close()
             if isinstance(error, TROUBLE):

@@ -3,7 +3,8 @@
 Each caller puts its job into a queue. The first leads: it runs all that is queued in one transaction, commits, hands
 out the answers, and passes the lead to the first who has come in the meantime. Threads lead in turn; for tasks a daemon
 thread does, so that no event loop ever waits for the disk. A job that fails fails alone. A caller alone pays two
-uncontended locks. Safe from any thread and loop, and against interrupts.
+uncontended locks, and needs no transaction where one statement does. Safe from any thread and loop, and against
+interrupts.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from resilient.clock import SystemClock
-from resilient.stores._sqlite_file import copy, wrapped
+from resilient.stores._ops import Abandon, Acquired, Claim, Finish, Release
+from resilient.stores._sqlite_file import busy, copy, unsure, wrapped
 from resilient.stores._sqlite_jobs import Helper, Job, TaskJob, hand_out, ring
 
 if TYPE_CHECKING:
     from resilient.stores._ops import AnyOp
     from resilient.stores._sqlite_file import File
+    from resilient.stores._sqlite_sql import Execute
+    from resilient.stores._watch import Bells
 
 __all__ = ["Group"]
 
 # Why an interrupt (a signal handler that raises, an asynchronous exception) loses nothing: what a leader has done is
 # written down by statements without a call (`stage`, `done`), between which none can come; `_leave` reads it.
-_IDLE, _BEGUN, _COMMITTING, _FAILED = range(4)
+_IDLE, _BEGUN, _COMMITTING, _FAILED, _ALONE = range(5)
+
+_ENDS = frozenset((Finish, Release, Abandon))
 
 _PATIENCE = 5.0  # seconds that a fork waits for what is running
 _clock = SystemClock()
@@ -39,11 +45,11 @@ _groups: WeakSet[Group] = WeakSet()
 
 
 class Group:
-    """The queue of one file, and who leads. `ended` is told of jobs that are committed, before they are handed out."""
+    """The queue of one file, and who leads. `bells` ring for jobs that are committed, before they are handed out."""
 
-    def __init__(self, file: File, ended: Callable[[Sequence[Job]], None]) -> None:
+    def __init__(self, file: File, bells: Bells) -> None:
         self._file = file
-        self._ended = ended
+        self._bells = bells
         self._frozen: Job | None = None
         self._inherited: list[object] = []
         self._begin()
@@ -56,6 +62,7 @@ class Group:
         self._leader: Job | None = None
         self._batch: Sequence[Job] = ()
         self._current: Sequence[Job] = ()
+        self._fresh = False  # the last claim found no record: the next is tried at once, without a look
         self.stage = _IDLE  # anything else while somebody commits: who only looks does so beside it
         self._writer: Helper | None = None
         self._looker: Helper | None = None
@@ -67,28 +74,30 @@ class Group:
             with self._mutex:
                 if self._leader is None:
                     self._leader = job
-                    self._batch = (job,)
                 else:
                     bell = job.waits()
                     self._queue.append(job)
-            if bell is not None and self._leader is not job:
-                bell.acquire()
-            if self._leader is job:
-                if job.op is None:
-                    self._shut(job)
-                elif bell is None:  # alone
-                    if job.look:
-                        job.look = False
-                        job.answer = self._file.look(job.op)
-                    if job.answer is ...:
-                        self._work(self._batch)
+            if bell is None and job.op is not None:
+                self._alone(job)
+                with self._mutex:
+                    if not self._queue:
+                        self._leader = None
+                if self._leader is job:
                     self._pass_on()
-                else:
-                    self._lead()
+            else:
+                if bell is not None and self._leader is not job:
+                    bell.acquire()
+                if self._leader is job:
+                    if job.op is None:
+                        self._shut(job)
+                    else:
+                        self._lead()
         except BaseException:
             self._leave(job)
             raise
-        return job.outcome()
+        if job.error is not None:
+            raise job.error
+        return job.answer
 
     def post(self, job: TaskJob) -> None:
         """Queue a job of a task, and return at once. Cancelled or not, it runs to its end."""
@@ -118,6 +127,63 @@ class Group:
             self.close()
 
     # -- leading -----------------------------------------------------------------------------------------------------
+
+    def _alone(self, job: Job) -> None:
+        """The job of a caller who finds nobody leading: one statement that commits by itself, if it can be one.
+
+        Its clock is read before SQLite has the lock, which it does not wait for here. The owner and the fence decide,
+        not the clock: who is stopped dead in between has only a lease, or a result's time, that began so much earlier.
+        """
+        file = self._file
+        op: AnyOp = job.op
+        kind = type(op)
+        execute, make = file.write, file.sql.alone.get(kind)
+        if execute is None:
+            self._work((job,))
+        elif make is not None:
+            try:
+                self.stage = _ALONE
+                job.answer = execute(*make(op, file.at())).rowcount == 1
+            except Exception as error:
+                self.stage = _IDLE
+                if busy(error):
+                    self._work((job,))
+                else:
+                    job.error = wrapped(error, file.path, maybe_written=unsure(error))
+            else:
+                if job.answer and self._bells:
+                    self._ended((job,))
+                self.stage = _IDLE
+                if not job.answer and kind is Finish:  # it may have been finished before
+                    self._work((job,))
+        elif self._fresh and kind is Claim:
+            self._claim(job, execute)
+        else:
+            self._work((job,))
+
+    def _claim(self, job: Job, execute: Execute) -> None:
+        """The same for a claim of what is probably a new key. Its clock is read under the lock.
+
+        A fence from before would not be larger than that of another who came and went in the meantime.
+        """
+        now = None
+        try:
+            self.stage = _BEGUN
+            execute("BEGIN IMMEDIATE")
+            now = self._file.at()
+            answer = job.answer = self._file.sql.claim(execute, job.op, now)
+            self.stage = _COMMITTING
+            execute("COMMIT")
+            self.stage = _IDLE
+        except Exception as error:
+            if now is None and busy(error):
+                self.stage = _IDLE
+                self._fresh = False
+                self._work((job,))
+            else:
+                self._failed((job,), error, now)
+        else:
+            self._fresh = type(answer) is Acquired
 
     def _lead(self) -> None:
         queue = self._queue
@@ -167,17 +233,17 @@ class Group:
                 job.error = copy(error)
             hand_out(batch)
             return
-        if len(batch) > 1 or batch[0].look:
-            batch = self._look(self._file.look, batch)
+        batch = self._look(self._file.look, batch, trust=True)
         if batch:
             self._commit(batch)
 
-    def _look(self, peek: Callable[[AnyOp], Any], batch: Sequence[Job]) -> Sequence[Job]:
-        """Answer what need not be written, without the write lock."""
+    def _look(self, peek: Callable[[AnyOp], Any], batch: Sequence[Job], *, trust: bool = False) -> Sequence[Job]:
+        """Answer what need not be written, without the write lock. `trust`: what is probably new is not looked at."""
+        trust = trust and self._fresh
         rest: list[Job] = []
         seen: list[Job] = []
         for job in batch:
-            if job.look:
+            if job.look and not (trust and type(job.op) is Claim):
                 job.look = False
                 try:
                     job.answer = peek(job.op)
@@ -186,6 +252,7 @@ class Group:
                 if job.error is not None or job.answer is not ...:
                     seen.append(job)
                     continue
+                self._fresh = True
             rest.append(job)
         hand_out(seen)
         return rest
@@ -194,16 +261,28 @@ class Group:
         file = self._file
         execute, answer, writer = file.ready(), file.sql.answer, file.writer
         assert writer is not None
-        failure: Exception
         now = None
         self._current = jobs
         try:
             self.stage = _BEGUN
-            execute("BEGIN IMMEDIATE")
+            try:
+                execute("BEGIN IMMEDIATE")
+            except Exception as error:
+                if not busy(error):
+                    raise
+                # While another process holds the lock, who need not write goes first.
+                jobs = self._current = self._look(file.look, jobs)
+                if jobs:
+                    file.begin()
+                else:
+                    self.stage = _IDLE
+                    return
             now = file.at()
             for job in jobs:
                 try:
                     job.answer = answer(execute, job.op, now)
+                    if type(job.op) is Claim:
+                        self._fresh = type(job.answer) is Acquired
                 except Exception as error:
                     # It has written nothing: the statement that writes is the last of a job.
                     if not writer.in_transaction:
@@ -212,11 +291,14 @@ class Group:
             self.stage = _COMMITTING
             execute("COMMIT")
         except Exception as error:
-            committing, self.stage = self.stage == _COMMITTING, _FAILED
-            failure = error
+            self._failed(jobs, error, now)
         else:
             self._committed()
-            return
+
+    def _failed(self, jobs: Sequence[Job], failure: Exception, now: float | None) -> None:
+        file, writer = self._file, self._file.writer
+        assert writer is not None
+        committing, self.stage = self.stage == _COMMITTING, _FAILED
         # SQLite has rolled back already, or does now; but after an error of the disk nobody knows what is on it.
         maybe = committing and not writer.in_transaction and getattr(failure, "sqlite_errorname", "") != "SQLITE_FULL"
         file.roll_back()
@@ -231,8 +313,14 @@ class Group:
 
     def _committed(self) -> None:
         jobs = self._current
-        self._ended(jobs)
+        if self._bells:
+            self._ended(jobs)
         self._settled(jobs)
+
+    def _ended(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if type(job.op) in _ENDS and job.answer is True:
+                self._bells.ring(job.op.key)
 
     def _settled(self, jobs: Sequence[Job]) -> None:
         hand_out(jobs)
@@ -249,6 +337,9 @@ class Group:
             self._call()  # it may have been about to
             return
         writer = self._file.writer
+        if self.stage == _ALONE:
+            job.answer = True  # perhaps; a bell too often does no harm
+            self._ended((job,))
         if self.stage == _COMMITTING and writer is not None and not writer.in_transaction:
             self._committed()
         else:

@@ -9,29 +9,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from resilient.stores._ops import AnyOp
+from msgspec import Struct
 
 __all__ = ["Helper", "Job", "TaskJob", "hand_out", "ring"]
 
 
-class Job:
+class Job(Struct, eq=False):
     """An operation of a thread. It is rung when it is done, or to lead. `op` None: close the file.
 
     `look`: it may need no write, and nobody has looked yet.
     """
 
-    __slots__ = ("answer", "bell", "done", "error", "look", "op")
-
-    def __init__(self, op: AnyOp | None, look: bool = False) -> None:
-        self.op: Any = op
-        self.look = look
-        self.answer: Any = ...
-        self.error: Exception | None = None
-        self.done = False
-        self.bell: threading.Lock | None = None
+    op: Any
+    look: bool = False
+    answer: Any = ...
+    error: Exception | None = None
+    done: bool = False
+    bell: Any = None
+    """A lock; none while it waits for nothing."""
 
     def waits(self) -> threading.Lock:
         """What the thread is going to wait for. Called before anybody else knows of the job."""
@@ -46,20 +43,11 @@ class Job:
         return self.answer
 
 
-class TaskJob(Job):
+class TaskJob(Job, kw_only=True, eq=False):
     """An operation of a task. `send` runs a function in the task's loop, from any thread; `wake` resumes the task."""
 
-    __slots__ = ("send", "wake")
-
-    def __init__(self, op: AnyOp, send: Callable[..., object], wake: Callable[[], object], look: bool = False) -> None:
-        self.op = op
-        self.look = look
-        self.answer = ...
-        self.error = None
-        self.done = False
-        self.bell = None
-        self.send = send
-        self.wake = wake
+    send: Callable[..., object]
+    wake: Callable[[], object]
 
 
 class Helper:
@@ -103,10 +91,10 @@ def hand_out(jobs: Sequence[Job]) -> None:
     loops: dict[Any, list[TaskJob]] = {}
     for job in jobs:
         job.done = True
-        if isinstance(job, TaskJob):
-            loops.setdefault(job.send, []).append(job)
-        else:
+        if job.bell is not None:
             ring(job.bell)
+        elif isinstance(job, TaskJob):
+            loops.setdefault(job.send, []).append(job)
     for send, tasks in loops.items():
         try:
             send(_wake, tasks)

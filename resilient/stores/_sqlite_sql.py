@@ -161,7 +161,7 @@ class Sql:
         )
         self._forget = f"DELETE FROM {table} WHERE key = ? AND (result IS NOT NULL OR mark <= ?)"
         self._how: dict[type[AnyOp], Callable[[Execute, Any, float], object]] = {
-            Claim: self._do_claim,
+            Claim: self.claim,
             Renew: self._do_renew,
             Finish: self._do_finish,
             Release: self._do_release,
@@ -170,6 +170,14 @@ class Sql:
             Scan: self._do_scan,
             Purge: self._do_purge,
             Forget: self._do_forget,
+        }
+
+        # What one statement decides, the clock apart: it needs no transaction around it.
+        self.alone: dict[type[AnyOp], Callable[[Any, float], tuple[str, tuple[Any, ...]]]] = {
+            Renew: self._to_renew,
+            Finish: self._to_finish,
+            Release: self._to_release,
+            Abandon: self._to_abandon,
         }
 
     def answer(self, execute: Execute, op: AnyOp, now: float) -> object:
@@ -212,7 +220,8 @@ class Sql:
             return Busy(fence, attempt, fingerprint, mark - now)
         return None if op.take_over else Doubtful(fence, attempt, fingerprint, now - mark)
 
-    def _do_claim(self, execute: Execute, op: Claim, now: float) -> Claimed:
+    def claim(self, execute: Execute, op: Claim, now: float) -> Claimed:
+        """Carry out a claim, where most often the key is new."""
         # Microseconds since the epoch: larger than any number before, also where the record was purged in between.
         fence = int(now * 1e6)
         values = (op.key, op.owner, fence, op.fingerprint, op.label, now, now + op.lease)
@@ -236,20 +245,31 @@ class Sql:
         return Acquired(fence, attempt)
 
     def _do_renew(self, execute: Execute, op: Renew, now: float) -> bool:
-        return execute(self._renew, (now + op.lease, op.key, op.owner, op.fence, op.fence)).rowcount == 1
+        return execute(*self._to_renew(op, now)).rowcount == 1
 
     def _do_finish(self, execute: Execute, op: Finish, now: float) -> bool:
-        values = (op.result, now, now + op.ttl, op.key, op.owner, op.fence, op.fence)
-        if execute(self._finish, values).rowcount == 1:
+        if execute(*self._to_finish(op, now)).rowcount == 1:
             return True
         row = self._row(execute, op.key)
         return row is not None and row[0] == op.owner and op.fence in (0, row[1])
 
     def _do_release(self, execute: Execute, op: Release, now: float) -> bool:
-        return execute(self._release, (op.key, op.owner, op.fence, op.fence)).rowcount == 1
+        return execute(*self._to_release(op, now)).rowcount == 1
 
     def _do_abandon(self, execute: Execute, op: Abandon, now: float) -> bool:
-        return execute(self._abandon, (now, op.key, op.owner, op.fence, op.fence)).rowcount == 1
+        return execute(*self._to_abandon(op, now)).rowcount == 1
+
+    def _to_renew(self, op: Renew, now: float) -> tuple[str, tuple[Any, ...]]:
+        return self._renew, (now + op.lease, op.key, op.owner, op.fence, op.fence)
+
+    def _to_finish(self, op: Finish, now: float) -> tuple[str, tuple[Any, ...]]:
+        return self._finish, (op.result, now, now + op.ttl, op.key, op.owner, op.fence, op.fence)
+
+    def _to_release(self, op: Release, now: float) -> tuple[str, tuple[Any, ...]]:
+        return self._release, (op.key, op.owner, op.fence, op.fence)
+
+    def _to_abandon(self, op: Abandon, now: float) -> tuple[str, tuple[Any, ...]]:
+        return self._abandon, (now, op.key, op.owner, op.fence, op.fence)
 
     def _do_read(self, execute: Execute, op: Read, now: float) -> Record | None:
         row = self._row(execute, op.key)

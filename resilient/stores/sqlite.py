@@ -12,13 +12,12 @@ import os
 import re
 import sqlite3
 import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
 from resilient.clock import SystemClock, in_trio
 from resilient.errors import StoreError
-from resilient.stores._ops import Abandon, Claim, Finish, Op, Read, Release, Scan
+from resilient.stores._ops import Claim, Op, Read, Scan
 from resilient.stores._sqlite_file import TROUBLE, File, wrapped
 from resilient.stores._sqlite_group import Group
 from resilient.stores._sqlite_jobs import Job, TaskJob
@@ -35,7 +34,6 @@ __all__ = ["SQLiteStore"]
 R = TypeVar("R")
 
 _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,30}\Z")
-_ENDS = frozenset((Finish, Release, Abandon))
 _PEEKED = frozenset((Claim, Read, Scan))
 
 
@@ -78,10 +76,10 @@ class SQLiteStore:
         self.path = path
         self.durability = durability
         self.clock: Clock = SystemClock() if clock is None else clock
-        self._bells = bells = Bells()
+        self._bells = Bells()
         self._neutral = Sql(prefix, neutral=True)
         self._file = File(path, Sql(prefix), prefix, durability == "full", busy_timeout, self.clock)
-        self._group = Group(self._file, lambda jobs: _ring(bells, jobs))
+        self._group = Group(self._file, self._bells)
         weakref.finalize(self, self._group.drop)
 
     @classmethod
@@ -105,13 +103,13 @@ class SQLiteStore:
 
     def execute(self, op: Op[R], /) -> R:
         """Carry out `op`."""
-        look = type(op) in _PEEKED
-        if look and self._group.stage:
+        group, look = self._group, type(op) in _PEEKED
+        if look and group.stage:
             answer = self._file.peek(op)
             if answer is not ...:
-                return cast(R, answer)
+                return answer  # type: ignore[no-any-return]
             look = False
-        return cast(R, self._group.run(Job(op, look)))
+        return group.run(Job(op, look))  # type: ignore[no-any-return]
 
     async def aexecute(self, op: Op[R], /) -> R:
         """Carry out `op`, in a thread that all tasks share. Cancelled, it is carried out all the same."""
@@ -119,7 +117,8 @@ class SQLiteStore:
             import trio
 
             event = trio.Event()
-            job = TaskJob(op, trio.lowlevel.current_trio_token().run_sync_soon, event.set, type(op) in _PEEKED)
+            send = trio.lowlevel.current_trio_token().run_sync_soon
+            job = TaskJob(op, type(op) in _PEEKED, send=send, wake=event.set)
             self._group.post(job)
             await event.wait()
             return cast(R, job.outcome())
@@ -132,7 +131,7 @@ class SQLiteStore:
             if not future.done():
                 future.set_result(None)
 
-        job = TaskJob(op, loop.call_soon_threadsafe, wake, type(op) in _PEEKED)
+        job = TaskJob(op, type(op) in _PEEKED, send=loop.call_soon_threadsafe, wake=wake)
         self._group.post(job)
         await future
         return cast(R, job.outcome())
@@ -183,10 +182,3 @@ class SQLiteStore:
             told.__cause__ = error
             return told
         return wrapped(error, self.path)
-
-
-def _ring(bells: Bells, jobs: Sequence[Job]) -> None:
-    if bells:
-        for job in jobs:
-            if type(job.op) in _ENDS and job.answer is True:
-                bells.ring(job.op.key)
