@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from resilient import _cli_text as tty
+from resilient._cli_text import VARIABLE, Refusal
 from resilient.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -24,18 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add", "run"]
 
-VARIABLE = "RESILIENT_STORE"
 STATES = {"running": "running", "in-doubt": "in doubt", "done": "done"}
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 PAGE = 200
-
-
-class Refusal(Exception):
-    """An end with a line on stderr and an exit code."""
-
-    def __init__(self, text: str, code: int) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class Entry(NamedTuple):
@@ -73,7 +66,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     listing = verb("list", _list, "list the keys of a store")
     listing.add_argument("--state", choices=list(STATES), help="only those in this state")
     listing.add_argument(
-        "--match", type=_text, metavar="TEXT", default="", help="only those with TEXT in key, scope or function"
+        "--match", type=tty.text, metavar="TEXT", default="", help="only those with TEXT in key, scope or function"
     )
     listing.add_argument("--limit", type=_count, default=100, metavar="N", help="at most so many (default: 100)")
     purge = verb("purge", _purge, "remove records that ended some time ago, by result or by doubt")
@@ -82,9 +75,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     purge.add_argument("--batch", type=_count, default=1000, metavar="N", help="so many in one step (default: 1000)")
     forget = verb("forget", _forget, "remove one record, finished or in doubt, so that its call may run again")
-    forget.add_argument("--why", type=_reason, required=True, metavar="TEXT", help="the reason; it is printed")
+    forget.add_argument("--why", type=tty.reason, required=True, metavar="TEXT", help="the reason; it is printed")
     for parser in (show, forget):
-        parser.add_argument("key", type=_text, metavar="KEY", help="the key as the caller gave it, or the stored one")
+        parser.add_argument(
+            "key", type=tty.text, metavar="KEY", help="the key as the caller gave it, or the stored one"
+        )
         parser.add_argument("--function", metavar="NAME", help="only of this function, module:name")
         parser.add_argument("--scope", metavar="TEXT", help="only of this scope")
     for parser in (show, listing):
@@ -104,20 +99,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"must be text, not bytes like {text!r}") from None
-    return text
-
-
-def _reason(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must say something")
-    return text
-
-
 def run(chosen: argparse.Namespace) -> int:
     """Do what was chosen and return the exit code."""
     if chosen.verb is None:
@@ -129,8 +110,8 @@ def run(chosen: argparse.Namespace) -> int:
             raise Refusal(f"which store? Give --store URL, or set the environment variable {VARIABLE}", 2)
         return _with_store(url, chosen)
     except Refusal as refusal:
-        line = str(refusal).replace(url, _hidden(url)) if url else str(refusal)
-        print(_encodable(f"resilient idempotency: {_safe(line, 1000)}", sys.stderr), file=sys.stderr)
+        line = str(refusal).replace(url, tty.hidden(url)) if url else str(refusal)
+        print(tty.encodable(f"resilient idempotency: {tty.safe(line, 1000)}", sys.stderr), file=sys.stderr)
         return refusal.code
 
 
@@ -152,21 +133,16 @@ def _with_store(url: str, chosen: argparse.Namespace) -> int:
     return code
 
 
-def _hidden(url: str) -> str:
-    """The URL without user and password."""
-    return re.sub(r"//[^/]*@", "//***@", url)
-
-
 # -- what it does ---------------------------------------------------------------------------------------------------
 
 
 def _show(store: Store, chosen: argparse.Namespace) -> int:
     found = _found(store, chosen)
     if chosen.json:
-        _say(_whole(found))
+        tty.say(_whole(found))
     else:
         now = SystemClock.at()
-        _say("\n\n".join(_block(entry, now) for entry in found))
+        tty.say("\n\n".join(_block(entry, now) for entry in found))
     return 0
 
 
@@ -183,15 +159,17 @@ def _list(store: Store, chosen: argparse.Namespace) -> int:
         raise Refusal("nothing found", 1)
     shown = found[: chosen.limit]
     if chosen.json:
-        _say(_whole(shown))
+        tty.say(_whole(shown))
     else:
         now = SystemClock.at()
         rows: list[tuple[str, ...]] = [("STATE", "KEY", "FUNCTION", "SCOPE", "ATTEMPT", "SINCE", "AGE")]
         for record, key, function, scope in shown:
             since = record.began_at if record.state == "running" else record.mark
             cells = (key, function, scope, record.attempt)
-            rows.append((record.state, *(_safe(str(cell), 60) for cell in cells), _instant(since), _age(now - since)))
-        _say(_aligned(rows))
+            rows.append(
+                (record.state, *(tty.safe(str(cell), 60) for cell in cells), tty.instant(since), tty.age(now - since))
+            )
+        tty.say(tty.aligned(rows))
     if len(found) > len(shown):
         print(f"resilient idempotency: there are more; --limit is {chosen.limit}", file=sys.stderr)
     return 0
@@ -206,7 +184,7 @@ def _purge(store: Store, chosen: argparse.Namespace) -> int:
         total += removed
         if removed < chosen.batch:
             break
-    _say(f"purged {total} {'record' if total == 1 else 'records'}")
+    tty.say(f"purged {total} {'record' if total == 1 else 'records'}")
     return 0
 
 
@@ -221,7 +199,8 @@ def _forget(store: Store, chosen: argparse.Namespace) -> int:
     if entry.record.state == "running" or not store.execute(Forget(entry.record.key)):
         raise Refusal("refused: a call with this key is running", 1)
     was, _ = _state(entry.record, SystemClock.at())
-    _say(f"forgot {_safe(entry.key, 200)} of {_safe(entry.function, 200)}, which was {was}: {_safe(chosen.why, 1000)}")
+    key, function, why = tty.safe(entry.key, 200), tty.safe(entry.function, 200), tty.safe(chosen.why, 1000)
+    tty.say(f"forgot {key} of {function}, which was {was}: {why}")
     return 0
 
 
@@ -281,26 +260,26 @@ def _block(entry: Entry, now: float) -> str:
     record = entry.record
     was, mark = _state(record, now)
     lines = [
-        ("key", _safe(entry.key, 300)),
-        ("function", _safe(entry.function, 300)),
-        ("scope", _safe(entry.scope, 300)),
+        ("key", tty.safe(entry.key, 300)),
+        ("function", tty.safe(entry.function, 300)),
+        ("scope", tty.safe(entry.scope, 300)),
         ("state", was),
         ("attempt", str(record.attempt)),
-        ("began", _when(record.began_at, now)),
+        ("began", tty.when(record.began_at, now)),
         mark,
-        *([] if record.expires_at is None else [("forgotten", _when(record.expires_at, now))]),
-        ("owner", _safe(record.owner, 100)),
+        *([] if record.expires_at is None else [("forgotten", tty.when(record.expires_at, now))]),
+        ("owner", tty.safe(record.owner, 100)),
         ("fence", str(record.fence)),
-        ("fingerprint", _safe(record.fingerprint, 100)),
-        ("stored key", _safe(record.key, 100)),
+        ("fingerprint", tty.safe(record.fingerprint, 100)),
+        ("stored key", tty.safe(record.key, 100)),
         *([] if record.result is None else [_outcome(record.result)]),
     ]
-    return _aligned([(f"{name}:", value) for name, value in lines])
+    return tty.aligned([(f"{name}:", value) for name, value in lines])
 
 
 def _state(record: Record, now: float) -> tuple[str, tuple[str, str]]:
     """The state in words, and what its mark means."""
-    when = _when(record.mark, now)
+    when = tty.when(record.mark, now)
     if record.state == "running":
         return "running", ("lease ends", when)
     if record.state == "done":
@@ -312,10 +291,10 @@ def _outcome(data: bytes) -> tuple[str, str]:
     kept = _envelope(data)
     if "error" in kept:
         error = kept["error"]
-        return "error", _safe(f"{error.get('type')}: {error.get('message')}", 300)
+        return "error", tty.safe(f"{error.get('type')}: {error.get('message')}", 300)
     if "result" in kept:
-        return "result", _safe(json.dumps(kept["result"], ensure_ascii=False), 300)
-    return "result", f"{len(data)} bytes, not JSON of ours: {_safe(repr(data[:60]), 300)}"
+        return "result", tty.safe(json.dumps(kept["result"], ensure_ascii=False), 300)
+    return "result", f"{len(data)} bytes, not JSON of ours: {tty.safe(repr(data[:60]), 300)}"
 
 
 def _envelope(data: bytes) -> dict[str, Any]:
@@ -358,60 +337,8 @@ def _object(entry: Entry) -> dict[str, Any]:
         "fence": record.fence,
         "owner": record.owner,
         "fingerprint": record.fingerprint,
-        "began_at": _instant(record.began_at),
-        "mark": _instant(record.mark),
-        "expires_at": None if record.expires_at is None else _instant(record.expires_at),
+        "began_at": tty.instant(record.began_at),
+        "mark": tty.instant(record.mark),
+        "expires_at": None if record.expires_at is None else tty.instant(record.expires_at),
         **({} if record.result is None else _envelope(record.result)),
     }
-
-
-def _when(at: float, now: float) -> str:
-    return f"{_instant(at)} ({_age(now - at)})"
-
-
-def _instant(at: float) -> str:
-    """ISO 8601, in UTC."""
-    from datetime import UTC, datetime
-
-    try:
-        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return f"the instant {at!r}"
-
-
-def _age(seconds: float) -> str:
-    size = abs(seconds)
-    for below, unit, name in (
-        (120.0, 1.0, "s"),
-        (7200.0, 60.0, "min"),
-        (172_800.0, 3600.0, "h"),
-        (1e12, 86_400.0, "d"),
-    ):
-        if size < below:
-            length = f"{size / unit:.0f} {name}"
-            return f"{length} ago" if seconds >= 0 else f"in {length}"
-    return "?"
-
-
-def _safe(text: str, most: int) -> str:
-    """`text` with nothing that a terminal would obey, and not too long."""
-    shown = "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text[:most]
-    )
-    return shown if len(text) <= most else f"{shown}… ({len(text)} characters)"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _encodable(text: str, stream: Any) -> str:
-    encoding: str = stream.encoding or "ascii"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _say(text: str) -> None:
-    print(_encodable(text, sys.stdout))

@@ -267,7 +267,7 @@ class Recoverer:
     ) -> None:
         self.store, self.name, self.stop, self.say = store, name, stop, say
         self._retries, self._lease, self._env = retries, lease, env
-        self._rounds = 0
+        self.rounds = 0
         # Keys of those that failed: how often, and the round in which they are looked at again.
         self.failing: dict[str, tuple[int, int]] = {}
 
@@ -295,14 +295,14 @@ class Recoverer:
         return Outcome((yield from pages("in doubt")), None)
 
     def _orphans(self, found: Iterable[list[SagaRecord]]) -> Iterable[SagaRecord]:
-        self._rounds += 1
+        self.rounds += 1
         seen: set[str] = set()
         for page in found:
             for record in page:
                 if record.state != "orphaned" or self.name not in ("", record.name) or record.key in seen:
                     continue
                 seen.add(record.key)
-                if self.failing.get(record.key, (0, 0))[1] <= self._rounds:
+                if self.failing.get(record.key, (0, 0))[1] <= self.rounds:
                     if self.stop():
                         return
                     yield record
@@ -321,7 +321,7 @@ class Recoverer:
             how = "stuck"
         else:
             times = self.failing.get(record.key, (0, 0))[0] + 1
-            self.failing[record.key] = times, self._rounds + min(2 ** (times - 1), 64)
+            self.failing[record.key] = times, self.rounds + min(2 ** (times - 1), 64)
             report.left[str(record)] = f"{type(error).__name__}: {error}"
             how = "left"
         if how and self.say is not None:

@@ -2,6 +2,7 @@
 
     resilient demo [--quick] [--seed N] [--plain] [--orders FILE] [--json FILE]
     resilient idempotency show KEY | list | purge --older-than TIME | forget KEY --why TEXT [--store URL]
+    resilient saga list | show ID | resume ID | compensate ID | abandon ID --why TEXT | recover | worker URL MODULE...
     resilient --version
 
 What a command needs beyond the core comes with an extra; without it the command says which one and exits with 2.
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from resilient import __version__, _cli_idempotency
+from resilient import __version__, _cli_idempotency, _cli_saga
 
 __all__ = ["main"]
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return _cli_idempotency.run(chosen) if chosen.command == "idempotency" else _demo(chosen)
+        return {"idempotency": _cli_idempotency.run, "saga": _cli_saga.run, "demo": _demo}[chosen.command](chosen)
     except KeyboardInterrupt:
         return 130
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of the report to FILE as well")
     _cli_idempotency.add(commands)
+    _cli_saga.add(commands)
     return parser
 
 

@@ -1,0 +1,116 @@
+"""What the commands that look into stores share: how they end, and how they show what others have written.
+
+Whatever comes from a store is escaped and cut before a terminal sees it, and written in what its encoding knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = [
+    "VARIABLE",
+    "Refusal",
+    "age",
+    "aligned",
+    "encodable",
+    "hidden",
+    "instant",
+    "reason",
+    "safe",
+    "say",
+    "text",
+    "when",
+]
+
+VARIABLE = "RESILIENT_STORE"
+"""The environment variable with the URL of the store."""
+
+
+class Refusal(Exception):
+    """An end with a line on stderr and an exit code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def text(given: str) -> str:
+    """An argument that is text."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be text, not bytes like {given!r}") from None
+    return given
+
+
+def reason(text: str) -> str:
+    """An argument that says something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must say something")
+    return text
+
+
+def hidden(url: str) -> str:
+    """The URL without user and password."""
+    return re.sub(r"//[^/]*@", "//***@", url)
+
+
+def when(at: float, now: float) -> str:
+    """An instant, and how far away it is."""
+    return f"{instant(at)} ({age(now - at)})"
+
+
+def instant(at: float) -> str:
+    """ISO 8601, in UTC."""
+    from datetime import UTC, datetime
+
+    try:
+        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return f"the instant {at!r}"
+
+
+def age(seconds: float) -> str:
+    """How far away, in one unit."""
+    size = abs(seconds)
+    for below, unit, name in (
+        (120.0, 1.0, "s"),
+        (7200.0, 60.0, "min"),
+        (172_800.0, 3600.0, "h"),
+        (1e12, 86_400.0, "d"),
+    ):
+        if size < below:
+            length = f"{size / unit:.0f} {name}"
+            return f"{length} ago" if seconds >= 0 else f"in {length}"
+    return "?"
+
+
+def safe(text: str, most: int) -> str:
+    """`text` with nothing that a terminal would obey, and not too long."""
+    shown = "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text[:most]
+    )
+    return shown if len(text) <= most else f"{shown}… ({len(text)} characters)"
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as columns of even width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def encodable(text: str, stream: Any) -> str:
+    """`text` in the signs that a stream can write."""
+    encoding: str = stream.encoding or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: str) -> None:
+    """Print, whatever the terminal's encoding."""
+    print(encodable(text, sys.stdout))
