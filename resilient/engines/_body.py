@@ -1,7 +1,7 @@
-"""What the bodies of sagas get from an engine in place of a `SagaRun`, and how they end there. The same for all engines.
+"""What the bodies of sagas get from an engine in place of a `SagaRun`, and how they end there. Alike for all engines.
 
-A run numbers steps, keeps the stack of compensations and makes orders; an engine's carrier carries them out, and says of
-each how it ended. Everything is checked before anything runs. Deterministic: it reads no clock, chance or store by
+A run numbers steps, keeps the stack of compensations and makes orders; an engine's carrier carries them out, and says
+of each how it ended. Everything is checked before anything runs. Deterministic: it reads no clock, chance or store by
 itself, so that an engine may run a body again from its history. A run belongs to one task.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from msgspec import UNSET, Raw, Struct
@@ -18,10 +18,10 @@ from resilient._drive import adrive, drive
 from resilient._journal import CallForm, call_form, name_of, undoing
 from resilient._journal import result_form as form_of_result
 from resilient._parallel import in_tasks
-from resilient._run import MISSING
+from resilient._run import MISSING, Run
 from resilient._settle import NOTHING, apply_async, apply_sync, default_retry, never, settle
 from resilient._undo import Compensation, Undo, backwards
-from resilient.engines._wire import Order, Told, error_of, tell
+from resilient.engines._wire import Order, Told, tell
 from resilient.errors import SagaError, SagaStuck
 from resilient.policy import Env
 from resilient.saga import AsyncSagaRun, Nested, Saga, SagaRun
@@ -52,30 +52,22 @@ class _Whole(Nested):
         self.__exit__(kind, error, trace)
 
 
-class _Orders:
+class _Orders(Run):
     """What runs of both kinds share."""
 
     def __init__(self, saga: Saga, carry: Callable[[Order], Any], undoing: Told, now: Callable[[], float]) -> None:
-        super().__init__(saga)  # type: ignore[call-arg]
+        super().__init__(saga)
         self._carry, self._undoing, self._now = carry, undoing, now
         self._steps: dict[int, tuple[str, Any]] = {}
         self._results: dict[int, Raw] = {}
         self._stuck: list[Exception] = []
+        self._back: set[int] = set()
+        self.gone: BaseException | None = None
         if saga.timeout is not None:
             self._until = now() + saga.timeout
 
-    if TYPE_CHECKING:
-        _saga: Saga
-        _stack: list[Any]
-        _failed: BaseException | None
-        _active: int
-        _number: int
-        _until: float | None
-        id: str
-        name: str
-
     def _check(self, function: Any, compensate: Any, register: str) -> None:
-        super()._check(function, compensate, register)  # type: ignore[misc]
+        super()._check(function, compensate, register)
         if self._failed is not None:
             raise SagaError(
                 "a step has failed, and a durable saga cannot go on then: let the error pass, or handle it inside of "
@@ -110,18 +102,17 @@ class _Orders:
         """The order that undoes a step."""
         place, how = self._steps[undo.number]
         result = self._results.get(undo.number, UNSET)
-        return Order(
-            self.name, self.id, undo.number, undo.name, place, retry=self._undoing, undo=how, result=result
-        )
+        return Order(self.name, self.id, undo.number, undo.name, place, retry=self._undoing, undo=how, result=result)
 
     def undo_orders(self) -> list[Order]:
-        """The orders that undo everything, the last step first."""
-        return [self.undo_order(undo) for undo in backwards(self._stack)]
+        """The orders that undo what is not undone yet, the last step first."""
+        return [self.undo_order(undo) for undo in backwards(self._stack) if undo.number not in self._back]
 
     def _value(self, undo: Undo, function: Any, answer: Answer) -> Any:
         """The value of a step, or its error raised."""
         if answer.data is not None:
             self._results[undo.number] = Raw(answer.data)
+        self.gone = answer.gone or self.gone
         problem = answer.gone or answer.error
         if problem is not None:
             try:
@@ -135,15 +126,18 @@ class _Orders:
         undo.value = value
         return value
 
-    def _undone(self, answer: Answer) -> None:
+    def _undone(self, undo: Undo, answer: Answer) -> None:
+        self.gone = answer.gone or self.gone
         problem = answer.gone or answer.error
-        if problem is not None:
-            if isinstance(problem, Exception):
-                self._stuck.append(problem)
-            try:
-                raise problem
-            finally:
-                del problem, answer
+        if problem is None:
+            self._back.add(undo.number)
+            return
+        if isinstance(problem, Exception):
+            self._stuck.append(problem)
+        try:
+            raise problem
+        finally:
+            del problem, answer
 
     def _made(self, args: Any, kwargs: Any, compensate: Any, name: str | None) -> Undo:
         self._number = number = self._number + 1
@@ -196,7 +190,9 @@ class AsyncRun(_Orders, AsyncSagaRun):
         sent: list[tuple[Undo, Any]] = []
         for undo, function in made:
             undo.name = ""
-            sent.append((undo, functools.partial(self._branch, undo, function, self._order(undo, function, None, None))))
+            sent.append(
+                (undo, functools.partial(self._branch, undo, function, self._order(undo, function, None, None)))
+            )
         self._grouped(made)
         self._first(await in_tasks(self, sent))
         return [undo.value for undo, _ in made]
@@ -208,7 +204,7 @@ class AsyncRun(_Orders, AsyncSagaRun):
         return await run(*args, **kwargs)
 
     async def _undo(self, undo: Undo) -> None:
-        self._undone(await self._carry(self.undo_order(undo)))
+        self._undone(undo, await self._carry(self.undo_order(undo)))
 
 
 class SyncRun(_Orders, SagaRun):
@@ -249,14 +245,23 @@ class SyncRun(_Orders, SagaRun):
         raise TypeError("an engine cannot run steps in parallel for a plain function: make the saga's body async def")
 
     def _undo(self, undo: Undo) -> None:
-        self._undone(self._carry(self.undo_order(undo)))
+        self._undone(undo, self._carry(self.undo_order(undo)))
+
+
+def past_pivot(name: str, id: str) -> SagaStuck:
+    """What a saga is that was cancelled where it could not go back."""
+    text = "it was cancelled after its pivot, from where it cannot go back"
+    return SagaStuck(text, [SagaError("cancelled", name, id)], name, id)
 
 
 def _final(run: Any, failure: BaseException, outcome: Any) -> BaseException:
     error: BaseException = failure if outcome.error is None else outcome.error
-    if not isinstance(error, Exception) and run._stuck:
-        # It was cancelled, and that is not the worst of it.
-        error = SagaStuck("compensations failed for good", run._stuck, run.name, run.id)
+    if not isinstance(error, Exception):
+        # It was cancelled, and that may not be the worst of it.
+        if run._forward:
+            error = past_pivot(run.name, run.id)
+        elif run._stuck:
+            error = SagaStuck("compensations failed for good", run._stuck, run.name, run.id)
     if error is not failure and error.__cause__ is None:
         error.__cause__ = failure
     return error
@@ -283,14 +288,16 @@ class EngineBody:
     __wrapped__: Callable[..., Any]
 
     def __init__(self, durable: DurableSaga, body: Callable[..., Any], is_async: bool) -> None:
-        functools.update_wrapper(self, body)
+        functools.update_wrapper(self, body)  # type: ignore[arg-type]
         place = f"{body.__module__}:{body.__qualname__}"
         self.durable, self.is_async = durable, is_async
         self.input = CallForm(body, place, skip=1)
         self.form = form_of_result(body, place)
         if durable.in_doubt != "rerun":
-            raise TypeError("in_doubt='stuck' is for sagas on a store: what an engine does with a step that its worker "
-                            "died in is told by retry= and timeout=")
+            raise TypeError(
+                "in_doubt='stuck' is for sagas on a store: what an engine does with a step that its worker "
+                "died in is told by retry= and timeout="
+            )
         retries: Any = durable._options["retries"]
         self.undoing = tell(default_retry() if retries is None else retries, "retries")
         # Events come from where the steps run: a body may run many times over.
@@ -307,9 +314,8 @@ class EngineBody:
 
     def saga(self, id: str) -> Saga:
         """The settings of one saga. `ValueError` for an id that is none."""
-        if id is None:
-            raise ValueError("a durable saga needs an id")
-        return Saga(self.name, id=id, **{**self.durable._options, "env": self._quiet})
+        options: dict[str, Any] = {**self.durable._options, "env": self._quiet}
+        return Saga(self.name, id=id, **options)
 
     def written(self, id: str, args: Any, kwargs: Any) -> dict[str, Any]:
         """The input of the saga, for the engine. What cannot be written is a `TypeError`, and nothing has begun."""
@@ -318,11 +324,3 @@ class EngineBody:
         # What cannot be read back must not begin either.
         self.input.read(*given)
         return {"v": 1, "id": id, "version": self.durable.version, "args": given[0], "kwargs": given[1]}
-
-
-Carry = Callable[[Order], Awaitable[Answer]]
-
-
-def failed(data: bytes) -> Answer:
-    """The answer that is an error."""
-    return Answer(error=error_of(data))

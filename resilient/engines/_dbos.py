@@ -30,7 +30,7 @@ from dbos._serialization import (
 )
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from resilient.engines._body import Answer, AsyncRun, EngineBody, SyncRun, asettled, settled
+from resilient.engines._body import Answer, AsyncRun, EngineBody, SyncRun, asettled, past_pivot, settled
 from resilient.engines._perform import perform, perform_sync
 from resilient.engines._wire import Ending, Order, error_of, kept_error, plain, wants, write
 from resilient.errors import Incompatible, SagaAborted, SagaStuck
@@ -53,12 +53,18 @@ class Given(Struct):
     kwargs: Raw
 
 
-class Undoings(Struct):
-    """The input of a workflow that undoes."""
+class Undoings(Struct, omit_defaults=True):
+    """The input of a workflow that undoes; `forward`: the saga was past its pivot."""
 
     saga: str
     id: str
-    orders: list[Order]
+    orders: list[Order] = []
+    forward: bool = False
+
+    @property
+    def place(self) -> str:
+        """The id of that workflow."""
+        return f"{self.saga}/{self.id}/undo"
 
 
 class Kept(Struct, omit_defaults=True):
@@ -137,14 +143,43 @@ def options_of(order: Order, is_async: bool) -> Any:
     return options
 
 
-async def _carry(order: Order) -> Answer:
-    """Have a step carry out an order."""
-    step = functools.partial(_step, order, Attempts(order))
-    try:
-        kept = await DBOS.run_step_async(options_of(order, True), _marked(step))
-    except DBOSWorkflowCancelledError as gone:
-        return Answer(gone=gone)
-    answer: Answer = _read(kept, Kept).answer()
+class Carrier:
+    """Has steps carry out the orders of one run. Once the workflow is cancelled, or its process ends, it is done."""
+
+    gone: BaseException | None = None
+
+    async def carry(self, order: Order) -> Answer:
+        """Carry out an order, in a coroutine."""
+        if self.gone is not None:
+            return Answer(gone=self.gone)
+        step = functools.partial(_step, order, Attempts(order))
+        try:
+            text = await DBOS.run_step_async(options_of(order, True), _marked(step))
+        except DBOSWorkflowCancelledError as gone:
+            self.gone = gone
+            return Answer(gone=gone)
+        except asyncio.CancelledError as gone:
+            if order.undo is None:
+                raise
+            # The process ends: the next one goes on from here.
+            self.gone = gone
+            return Answer(gone=gone)
+        return _answer(text)
+
+    def plain(self, order: Order) -> Answer:
+        """The same, in a thread."""
+        if self.gone is not None:
+            return Answer(gone=self.gone)
+        try:
+            text = DBOS.run_step(options_of(order, False), functools.partial(_plain_step, order, Attempts(order)))
+        except DBOSWorkflowCancelledError as gone:
+            self.gone = gone
+            return Answer(gone=gone)
+        return _answer(text)
+
+
+def _answer(text: str) -> Answer:
+    answer: Answer = _read(text, Kept).answer()
     return answer
 
 
@@ -155,15 +190,6 @@ def _marked(step: Callable[[], Any]) -> Callable[[], Any]:
         return text
 
     return marked
-
-
-def _carry_plain(order: Order) -> Answer:
-    try:
-        kept = DBOS.run_step(options_of(order, False), functools.partial(_plain_step, order, Attempts(order)))
-    except DBOSWorkflowCancelledError as gone:
-        return Answer(gone=gone)
-    answer: Answer = _read(kept, Kept).answer()
-    return answer
 
 
 # -- workflows -------------------------------------------------------------------------------------------------------
@@ -178,13 +204,16 @@ async def _undo(given: str) -> str:
     """Undo a cancelled saga."""
     undoings: Undoings = _read(given, Undoings)
     errors: list[Exception] = []
+    carrier = Carrier()
     for order in undoings.orders:
-        answer = await _carry(order)
+        answer = await carrier.carry(order)
         if answer.gone is not None:
             raise answer.gone
         if answer.error is not None:
             answer.error.add_note(f"resilient: compensation of step {order.name} of saga {order.saga} ({order.id})")
             errors.append(answer.error)
+    if undoings.forward:
+        raise _failure(past_pivot(undoings.saga, undoings.id))
     if errors:
         raise _failure(SagaStuck("compensations failed for good", errors, undoings.saga, undoings.id))
     return "null"
@@ -194,29 +223,47 @@ _decorate: Any = functools.partial(DBOS.workflow, serialization_type=WorkflowSer
 _undo_workflow: Any = _decorate(name="resilient.undo", max_recovery_attempts=100)(_undo)
 
 
-def _apart(function: Callable[..., Any], *args: Any) -> Any:
-    """Call outside of the workflow that runs here: as if anybody had."""
-    return contextvars.Context().run(function, *args)
-
-
-async def _begin_undo(undoings: Undoings) -> None:
-    """Undo a saga, and wait until it is undone."""
+async def _undo_apart(undoings: Undoings) -> None:
+    """Undo a saga, and wait until it is undone: outside of the workflow that runs here, as if anybody had asked."""
 
     async def begin() -> None:
-        with SetWorkflowID(f"{undoings.saga}/{undoings.id}/undo"):
+        with SetWorkflowID(undoings.place):
             handle = await DBOS.start_workflow_async(_undo_workflow, _text(undoings))
         await handle.get_result()
 
     await asyncio.get_running_loop().create_task(begin(), context=contextvars.Context())
 
 
-def _begin_undo_plain(undoings: Undoings) -> None:
+def _undo_apart_plain(undoings: Undoings) -> None:
     def begin() -> None:
-        with SetWorkflowID(f"{undoings.saga}/{undoings.id}/undo"):
+        with SetWorkflowID(undoings.place):
             handle: Any = DBOS.start_workflow(_undo_workflow, _text(undoings))
         handle.get_result()
 
-    _apart(begin)
+    contextvars.Context().run(begin)
+
+
+def _undoings(run: Any) -> Undoings:
+    run._over = True
+    return Undoings(run.name, run.id, [] if run._forward else run.undo_orders(), run._forward)
+
+
+class Record:
+    """What DBOS recorded of the steps of a workflow: a carrier that runs nothing."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        self.texts: dict[str, Any] = {step["function_name"]: step["output"] for step in steps}
+
+    def plain(self, order: Order) -> Answer:
+        """The answer that a step had; where there is none, the saga was cancelled."""
+        text = self.texts.get(options_of(order, False)["name"])
+        if not isinstance(text, str):
+            return Answer(gone=DBOSWorkflowCancelledError("cancelled"))
+        return _answer(text)
+
+    async def carry(self, order: Order) -> Answer:
+        """The same, to be awaited."""
+        return self.plain(order)
 
 
 class DBOSBody(EngineBody):
@@ -243,8 +290,10 @@ class DBOSBody(EngineBody):
     def _given(self, id: str, args: Any, kwargs: Any) -> str:
         given = _text(self.written(id, args, kwargs))
         if isinstance(_get_dbos_instance()._serializer, DefaultSerializer):
-            raise TypeError("DBOS is set to pickle, and data must never run code: give its configuration a serializer, "
-                            '{"serializer": DBOSEngine.serializer()}')
+            raise TypeError(
+                "DBOS is set to pickle, and data must never run code: give its configuration a serializer, "
+                '{"serializer": DBOSEngine.serializer()}'
+            )
         return given
 
     def _told(self, error: BaseException, id: str) -> Exception:
@@ -259,7 +308,7 @@ class DBOSBody(EngineBody):
         assert isinstance(error, Exception)
         return error
 
-    def _undone(self, id: str) -> Exception:
+    def _aborted(self, id: str) -> Exception:
         return SagaAborted("it was cancelled, and all that was done is undone", self.name, id)
 
 
@@ -273,27 +322,29 @@ class AsyncBody(DBOSBody):
         run.__qualname__ = f"resilient.{self.name}"
         return run
 
-    async def inside(self, text: str) -> str:
-        """What the workflow does."""
-        given, args, kwargs = self._begun(text)
-        run = AsyncRun(self.saga(given.id), _carry, self.undoing, SYSTEM.clock.now)
+    async def _ran(self, run: AsyncRun, args: list[Any], kwargs: dict[str, Any]) -> str:
         try:
             return self.form.keep(await self.__wrapped__(run, *args, **kwargs)).decode()
-        except GeneratorExit:
-            raise
-        except BaseException as error:
+        except Exception as error:
             failure = error
-        if isinstance(failure, DBOSWorkflowCancelledError) and not run._forward:
-            from resilient._aio import sheltered
+        # (Anything else is the end of this process, or of the workflow: nothing is undone here.)
+        final = failure if run.gone is not None else await asettled(run, failure)
+        if run.gone is not None:
+            raise run.gone
+        assert isinstance(final, Exception)
+        raise _failure(final) from final.__cause__
 
-            run._over = True
-            undoings = Undoings(self.name, given.id, run.undo_orders())
-            await sheltered(False, math.inf, _quietly, undoings)
-            raise failure
-        final = await asettled(run, failure)
-        if isinstance(final, Exception):
-            raise _failure(final) from final.__cause__
-        raise final
+    async def inside(self, text: str) -> str:
+        """What the workflow does."""
+        from resilient._aio import sheltered
+
+        given, args, kwargs = self._begun(text)
+        run = AsyncRun(self.saga(given.id), Carrier().carry, self.undoing, SYSTEM.clock.now)
+        try:
+            return await self._ran(run, args, kwargs)
+        except DBOSWorkflowCancelledError:
+            await sheltered(False, math.inf, _quietly, _undoings(run))
+            raise
 
     async def __call__(self, *args: Any, id: str, **kwargs: Any) -> Any:
         """Run the saga with this id and return its result, or get the result that it had.
@@ -304,45 +355,78 @@ class AsyncBody(DBOSBody):
         from resilient._aio import sheltered
 
         given = self._given(id, args, kwargs)
-        (handle, mine), came = await sheltered(False, math.inf, self._start, id, given)
+        (ending, mine), came = await sheltered(False, math.inf, self._start, id, given)
         try:
             if came:
                 raise asyncio.CancelledError
-            return await self._outcome(handle, id)
+            return await self._outcome(ending, id)
         except asyncio.CancelledError as error:
             if mine:
-                await self._cancelled(handle, id, error)
+                await self._cancelled(ending, id, error)
+            else:
+                ending.cancel()
             raise
 
-    async def _start(self, id: str, given: str) -> tuple[Any, bool]:
+    async def _start(self, id: str, given: str) -> tuple[asyncio.Task[Any], bool]:
         mine = await DBOS.get_workflow_status_async(f"{self.name}/{id}") is None
         with SetWorkflowID(f"{self.name}/{id}"):
-            return await DBOS.start_workflow_async(self.workflow, given), mine
+            handle = await DBOS.start_workflow_async(self.workflow, given)
+        # A task of its own, since waiting for the workflow must not end with the first who waits.
+        return asyncio.ensure_future(handle.get_result()), mine
 
-    async def _outcome(self, handle: Any, id: str) -> Any:
-        # (Not the handle that began it: one that is cancelled with its waiter would take the workflow along.)
+    async def _outcome(self, ending: asyncio.Task[Any], id: str) -> Any:
+        await asyncio.wait([ending])
         try:
-            data = await asyncio.shield(asyncio.ensure_future(handle.get_result()))
-            return self.form.outcome(data.encode())[0]
+            return self.form.outcome(ending.result().encode())[0]
         except DBOSAwaitedWorkflowCancelledError:
-            pass
+            problem = await self._until_undone(id)
         except Exception as error:
             problem = self._told(error, id)
+        try:
             raise problem from problem.__cause__
-        await self._see_to_it(id)
-        raise self._undone(id)
+        finally:
+            del problem, ending
+
+    async def _until_undone(self, id: str) -> Exception:
+        """Wait until a cancelled saga is undone, or see to it; what its callers get."""
+        try:
+            await asyncio.get_running_loop().create_task(self._see_to_it(id), context=contextvars.Context())
+        except PortableWorkflowError as error:
+            return self._told(error, id)
+        return self._aborted(id)
 
     async def _see_to_it(self, id: str) -> None:
-        """Wait until a cancelled saga is undone; if nobody does it, do."""
-        await _begin_undo(Undoings(self.name, id, []))
+        clock = SYSTEM.clock
+        place, until = Undoings(self.name, id).place, clock.now() + self.engine.patience
+        while await DBOS.get_workflow_status_async(place) is None:
+            if clock.now() >= until:
+                await _undo_apart(await self._read_back(id))
+                return
+            await clock.asleep(0.1)
+        handle: Any = await DBOS.retrieve_workflow_async(place)
+        await handle.get_result(polling_interval_sec=0.1)
 
-    async def _cancelled(self, handle: Any, id: str, error: BaseException) -> None:
+    async def _read_back(self, id: str) -> Undoings:
+        """What there is to undo, from what DBOS recorded."""
+        status = await DBOS.get_workflow_status_async(f"{self.name}/{id}")
+        record = Record(await DBOS.list_workflow_steps_async(f"{self.name}/{id}"))
+        assert status is not None
+        assert status.input is not None
+        given, args, kwargs = self._begun(status.input["args"][0])
+        run = AsyncRun(self.saga(given.id), record.carry, self.undoing, SYSTEM.clock.now)
+        try:
+            await self._ran(run, args, kwargs)
+        except (Exception, DBOSWorkflowCancelledError):
+            pass
+        return _undoings(run)
+
+    async def _cancelled(self, ending: asyncio.Task[Any], id: str, error: BaseException) -> None:
         """Cancel the saga, and wait until it is undone; what went wrong in that is noted on `error`."""
         from resilient._aio import sheltered
 
         async def until_undone() -> None:
             await DBOS.cancel_workflow_async(f"{self.name}/{id}")
-            await self._outcome(handle, id)
+            await self._outcome(ending, id)
 
         try:
             await sheltered(True, self.durable._options["grace"], until_undone)
@@ -355,7 +439,7 @@ class AsyncBody(DBOSBody):
 async def _quietly(undoings: Undoings) -> None:
     """Undo; whoever waits for the saga hears how it went."""
     try:
-        await _begin_undo(undoings)
+        await _undo_apart(undoings)
     except PortableWorkflowError:
         pass
 
@@ -370,36 +454,73 @@ class SyncBody(DBOSBody):
         run.__qualname__ = f"resilient.{self.name}"
         return run
 
+    def _ran(self, run: SyncRun, args: list[Any], kwargs: dict[str, Any]) -> str:
+        try:
+            return self.form.keep(self.__wrapped__(run, *args, **kwargs)).decode()
+        except Exception as error:
+            failure = error
+        final = failure if run.gone is not None else settled(run, failure)
+        if run.gone is not None:
+            raise run.gone
+        assert isinstance(final, Exception)
+        raise _failure(final) from final.__cause__
+
     def inside(self, text: str) -> str:
         """What the workflow does."""
         given, args, kwargs = self._begun(text)
-        run = SyncRun(self.saga(given.id), _carry_plain, self.undoing, SYSTEM.clock.now)
+        run = SyncRun(self.saga(given.id), Carrier().plain, self.undoing, SYSTEM.clock.now)
         try:
-            return self.form.keep(self.__wrapped__(run, *args, **kwargs)).decode()
-        except BaseException as error:
-            failure = error
-        if isinstance(failure, DBOSWorkflowCancelledError) and not run._forward:
-            run._over = True
+            return self._ran(run, args, kwargs)
+        except DBOSWorkflowCancelledError:
             try:
-                _begin_undo_plain(Undoings(self.name, given.id, run.undo_orders()))
+                _undo_apart_plain(_undoings(run))
             except PortableWorkflowError:
-                pass
-            raise failure
-        final = settled(run, failure)
-        if isinstance(final, Exception):
-            raise _failure(final) from final.__cause__
-        raise final
+                pass  # whoever waits for the saga hears it
+            raise
 
     def __call__(self, *args: Any, id: str, **kwargs: Any) -> Any:
         """Run the saga with this id and return its result, or get the result that it had."""
         given = self._given(id, args, kwargs)
         with SetWorkflowID(f"{self.name}/{id}"):
-            handle = DBOS.start_workflow(self.workflow, given)
+            handle: Any = DBOS.start_workflow(self.workflow, given)
         try:
             return self.form.outcome(handle.get_result().encode())[0]
         except DBOSAwaitedWorkflowCancelledError:
-            pass
+            problem = self._until_undone(id)
         except Exception as error:
             problem = self._told(error, id)
+        try:
             raise problem from problem.__cause__
-        raise self._undone(id)
+        finally:
+            del problem
+
+    def _until_undone(self, id: str) -> Exception:
+        try:
+            contextvars.Context().run(self._see_to_it, id)
+        except PortableWorkflowError as error:
+            return self._told(error, id)
+        return self._aborted(id)
+
+    def _see_to_it(self, id: str) -> None:
+        clock = SYSTEM.clock
+        place, until = Undoings(self.name, id).place, clock.now() + self.engine.patience
+        while DBOS.get_workflow_status(place) is None:
+            if clock.now() >= until:
+                _undo_apart_plain(self._read_back(id))
+                return
+            clock.sleep(0.1)
+        retrieve: Any = DBOS.retrieve_workflow
+        retrieve(place).get_result(polling_interval_sec=0.1)
+
+    def _read_back(self, id: str) -> Undoings:
+        status = DBOS.get_workflow_status(f"{self.name}/{id}")
+        record = Record(DBOS.list_workflow_steps(f"{self.name}/{id}"))
+        assert status is not None
+        assert status.input is not None
+        given, args, kwargs = self._begun(status.input["args"][0])
+        run = SyncRun(self.saga(given.id), record.plain, self.undoing, SYSTEM.clock.now)
+        try:
+            self._ran(run, args, kwargs)
+        except (Exception, DBOSWorkflowCancelledError):
+            pass
+        return _undoings(run)

@@ -236,18 +236,18 @@ class TemporalBody(EngineBody):
 
     async def _start(self, given: Any) -> tuple[WorkflowHandle[Any, Any], bool]:
         client = await self.engine.client()
-        id = f"{self.name}/{given['id']}"
+        place = f"{self.name}/{given['id']}"
         try:
             handle = await client.start_workflow(
                 self.name,
                 given,
-                id=id,
+                id=place,
                 task_queue=self.engine.task_queue,
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
             )
         except WorkflowAlreadyStartedError:
-            return client.get_workflow_handle(id), False
+            return client.get_workflow_handle(place), False
         return handle, True
 
     async def _outcome(self, handle: WorkflowHandle[Any, Any], id: str) -> Any:

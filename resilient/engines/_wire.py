@@ -199,7 +199,12 @@ def bound(order: Order) -> tuple[Any, Any, Any, Callable[[Any], bytes]]:
         if error is not None:
             raise StoreError("there is an error where the value of a step should be")
     undo = revived(Step(order.number, order.name, order.key, order.undo), value)
-    return *undo.bound(), lambda _: b'{"v":1,"ok":null}'
+    return *undo.bound(), _nothing
+
+
+def _nothing(_: Any) -> bytes:
+    """What is kept of a compensation's value."""
+    return b'{"v":1,"ok":null}'
 
 
 def unfit(function: Any) -> TypeError:

@@ -1,4 +1,4 @@
-"""DBOSEngine: durable sagas as DBOS workflows, on DBOS's own SQLite or PostgreSQL; each step and compensation is a step.
+"""DBOSEngine: durable sagas as DBOS workflows, on its SQLite or PostgreSQL; each step and compensation is a step.
 
 Promises: the body stays as it is, an id stands for one workflow, a call with it gets that workflow's result; DBOS goes
 on with what a dead process left. A workflow that DBOS cancels is undone, by a workflow of its own, and stays cancelled.
