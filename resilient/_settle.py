@@ -148,6 +148,7 @@ def _pivoted(saga: Saga, run: Run, book: Book | None, error: BaseException) -> P
         yield from book.leave()
     ended(saga, run, "stuck")
     if not isinstance(error, Exception):
+        error.add_note(f"resilient: saga {saga.name} ({run.id}) is stuck: it was interrupted after its pivot")
         return Outcome(None, error)
     stuck = SagaStuck("it failed after its pivot, from where it cannot go back", [error], saga.name, run.id)
     return Outcome(None, stuck)
