@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
@@ -179,63 +180,117 @@ async def shielded(call: Callable[..., Any], /, *args: Any) -> Any:
     raise TimeoutError
 
 
-async def sheltered(cancelled: bool, grace: float, call: Callable[..., Any], /, *args: Any) -> tuple[Any, bool]:
-    """Await `call(*args)` to its end, cancelled or not; from the first cancel on (`cancelled`: from now on) at most
-    `grace` seconds more, then `TimeoutError`. What it returned, and whether a cancel came that is still to be raised.
+async def sheltered(
+    cancelled: bool,
+    grace: float,
+    call: Callable[..., Any],
+    /,
+    *args: Any,
+    late: Callable[[], object] | None = None,
+) -> tuple[Any, bool]:
+    """Await `call(*args)` to its end, cancelled or not; from the first cancel on (`cancelled`: from now on) for `grace`
+    seconds more. What it returned, and whether a cancel came that is still to be raised (under trio, the scope does).
+
+    When the grace is over, `late()` is called, and then it is cancelled: what it still returns is heard, if it does not
+    take longer than `GRACE`. Else `TimeoutError`. It runs in a task of its own under asyncio.
     """
     if in_trio():
-        import trio
-
-        deadline = trio.current_time() + grace if cancelled else math.inf
-        with trio.CancelScope(shield=True, deadline=deadline):
-            return await call(*args), False
-        raise TimeoutError
+        return await _sheltered_trio(cancelled, grace, late, call, args), False
     import asyncio
 
     loop = asyncio.get_running_loop()
     until = loop.time() + grace if cancelled else math.inf
-    came = False
+    came = over = False
     task = loop.create_task(call(*args))
-    while not task.done() and loop.time() < until:
+    while not task.done():
+        left = until - loop.time()
+        if left <= 0:
+            if over:
+                break
+            over = True
+            if late is not None:
+                late()
+            task.cancel()
+            until = loop.time() + GRACE
+            continue
         try:
-            await asyncio.wait([task], timeout=None if until == math.inf else until - loop.time())
+            await asyncio.wait([task], timeout=None if left == math.inf else left)
         except asyncio.CancelledError:
             came = True
             until = min(until, loop.time() + grace)
-    if task.done():
-        return task.result(), came
-    task.cancel()
-    raise TimeoutError
+    if not task.done() or (over and task.cancelled()):
+        raise TimeoutError
+    return task.result(), came
 
 
-async def together(calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
+async def _sheltered_trio(
+    cancelled: bool, grace: float, late: Callable[[], object] | None, call: Callable[..., Any], args: Any
+) -> Any:
+    import trio
+
+    value: Any = None
+    failure: BaseException | None = None
+    ended = trio.CancelScope(shield=True)
+
+    async def watch() -> None:
+        if not cancelled:
+            with suppress(trio.Cancelled):
+                await trio.sleep_forever()
+        with ended:
+            await trio.sleep(grace)
+            if late is not None:
+                late()
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope(shield=True) as scope:
+            nursery.start_soon(watch)
+            try:
+                value = await call(*args)
+            except trio.Cancelled:
+                raise
+            except BaseException as error:
+                failure = error
+        # The watcher goes; and what cancels from outside is for the caller's next await.
+        ended.cancel()
+        nursery.cancel_scope.shield = True
+        nursery.cancel_scope.cancel()
+    if scope.cancelled_caught:
+        raise TimeoutError
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure
+    return value
+
+
+async def together(calls: list[Callable[[], Awaitable[Any]]]) -> None:
     """Await all `calls` beside each other; as soon as one fails, cancel the others and wait for their ends.
 
-    The value of each, or the error that it ended with. Cancelled itself, it cancels them all, waits, and is cancelled.
+    They say themselves how they ended; what they raise is not raised here. Cancelled itself, it cancels them all,
+    waits, and is cancelled.
     """
-    results: list[Any] = [None] * len(calls)
     if in_trio():
         import trio
 
         async with trio.open_nursery() as nursery:
 
-            async def run(place: int, call: Callable[[], Awaitable[Any]]) -> None:
+            async def run(call: Callable[[], Awaitable[Any]]) -> None:
                 try:
-                    results[place] = await call()
-                except trio.Cancelled as error:
-                    results[place] = error
+                    await call()
+                except trio.Cancelled:
                     raise
-                except BaseException as error:
-                    results[place] = error
+                except BaseException:
                     nursery.cancel_scope.cancel()
 
-            for place, call in enumerate(calls):
-                nursery.start_soon(run, place, call)
-        return results
+            for call in calls:
+                nursery.start_soon(run, call)
+        return
     import asyncio
 
-    async def one(call: Callable[[], Awaitable[Any]]) -> Any:
-        return await call()
+    async def one(call: Callable[[], Awaitable[Any]]) -> None:
+        await call()
 
     tasks = [asyncio.ensure_future(one(call)) for call in calls]
     cancelled = False
@@ -250,11 +305,11 @@ async def together(calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
             await asyncio.wait(tasks)
         except asyncio.CancelledError:
             cancelled = True
-    for place, task in enumerate(tasks):
-        results[place] = asyncio.CancelledError() if task.cancelled() else task.exception() or task.result()
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # seen
     if cancelled:
         raise asyncio.CancelledError
-    return results
 
 
 async def calm(task: asyncio.Task[Any]) -> None:

@@ -6,6 +6,8 @@ and loop.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -13,7 +15,7 @@ from resilient.clock import Clock, SystemClock
 from resilient.policy import SYSTEM
 from resilient.policy import seconds as checked
 
-__all__ = ["Ambient", "ambient", "deadline", "nearest", "of_system", "remaining", "restore", "system"]
+__all__ = ["Ambient", "ambient", "deadline", "nearest", "of_system", "remaining", "restore", "system", "unlimited"]
 
 _INF = float("inf")
 _monotonic = SystemClock.now
@@ -85,6 +87,19 @@ def remaining() -> float | None:
     for clock, other in _foreign.get():
         left = min(left, other - clock.now())
     return None if left == _INF else max(0.0, left)
+
+
+@contextmanager
+def unlimited() -> Generator[None, None, None]:
+    """No deadline inside of the block: for what has to be done however late it is."""
+    outer, others = _until.get(), _foreign.get()
+    _until.set(_INF)
+    _foreign.set(())
+    try:
+        yield
+    finally:
+        _until.set(outer)
+        _foreign.set(others)
 
 
 class deadline:  # noqa: N801 - read as a statement: `with deadline(2.0):`

@@ -37,7 +37,7 @@ class Outcome(Struct, eq=False):
         finally:
             del error
 
-    def reraise(self, cause: BaseException) -> None:
+    def reraise(self, cause: BaseException | None) -> None:
         """Raise the error, unless it is `cause` itself; `cause` becomes its cause where it has none."""
         error, self.error = self.error, None
         if error is None or error is cause:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Generator
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from msgspec import Struct
 
 from resilient._drive import Outcome, Program
 from resilient._guard import kind_of
 from resilient._keeper import TaskKeeper, ThreadKeeper
-from resilient._undo import Undo, check
-from resilient.errors import DeadlineExceeded, SagaError
+from resilient._undo import Compensation, Undo, check, step_key
+from resilient.errors import CallTimeout, DeadlineExceeded, SagaError
+from resilient.policy import seconds
 
 if TYPE_CHECKING:
     from resilient._book import Book
@@ -37,16 +38,21 @@ __all__ = [
     "step_key",
     "task_keeper",
     "thread_keeper",
+    "title",
+    "unawaited",
 ]
 
 MISSING: Any = object()
 """No word about a compensation."""
 
 
-class Branch(Struct, frozen=True, eq=False):
+R = TypeVar("R")
+
+
+class Branch(Struct, Generic[R], frozen=True, eq=False):
     """One of several steps that run beside each other. Made by `branch`."""
 
-    function: Callable[..., Any]
+    function: Callable[..., R]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     compensate: Any
@@ -54,29 +60,37 @@ class Branch(Struct, frozen=True, eq=False):
 
 
 def branch(
-    function: Callable[..., Any], /, *args: Any, compensate: Any, name: str | None = None, **kwargs: Any
-) -> Branch:
+    function: Callable[..., R],
+    /,
+    *args: Any,
+    compensate: Callable[..., object] | Compensation | None,
+    name: str | None = None,
+    **kwargs: Any,
+) -> Branch[R]:
     """A branch for `saga.parallel`, with its compensation (or None)."""
     check(compensate)
+    title(function, name)
     return Branch(function, args, kwargs, compensate, name)
-
-
-step_key: ContextVar[str | None] = ContextVar("resilient.saga.key", default=None)
 
 
 class Run:
     """What a saga knows while it runs; the base of `SagaRun` and `AsyncSagaRun`."""
 
+    _is_async = False
     _book: Book | None = None
+    # When the time of the steps is over, and how much of it there was.
     _until: float | None = None
+    _span = 0.0
     _forward = _over = False
+    # The number of the step that runs, and of the last one.
     _active = _number = 0
+    # Only where there is a journal, which allows no step after it.
     _failed: BaseException | None = None
 
     def __init__(self, saga: Saga) -> None:
         self._saga = saga
+        self._env = saga.env
         self._stack: list[Any] = []
-        self._top = self._stack
         self._id = saga.id
 
     @property
@@ -93,14 +107,15 @@ class Run:
 
     @property
     def step_key(self) -> str:
-        """An idempotency key: of the step that runs, or between steps of the one that comes next.
+        """An idempotency key: of the step that runs, or is undone; between steps, of the one that comes next.
 
         It is the same in every process that runs this step of this saga. Hand it to what the step calls.
         """
+        mine = f"{self._saga.name}/{self.id}"
         key = step_key.get()
-        if key is not None:
+        if key is not None and key.rpartition("/")[0] == mine:
             return key
-        return f"{self._saga.name}/{self.id}/{self._active or self._number + 1}"
+        return f"{mine}/{self._active or self._number + 1}"
 
     def pivot(self) -> None:
         """From here on there is no way back: later steps need no compensation, and a failure is for a person."""
@@ -119,8 +134,7 @@ class Run:
             check(compensate)
         if register not in ("before", "after"):
             raise ValueError(f"register must be 'before' or 'after', not {register!r}")
-        if self._over:
-            raise RuntimeError(f"saga {self._saga.name} has ended: no step can begin")
+        self._ready("step")
         if self._failed is not None and self._book is not None:
             raise SagaError(
                 "a step has failed, and a saga with a journal cannot go on then: let the error pass, or handle it "
@@ -129,32 +143,47 @@ class Run:
                 self.id,
             ) from self._failed
 
+    def _ready(self, what: str) -> None:
+        """Whether something can begin now: a saga does one thing at a time."""
+        if self._over:
+            raise RuntimeError(f"saga {self._saga.name} has ended: no {what} can begin")
+        if self._active:
+            raise RuntimeError(
+                f"no {what} can begin while another step of saga {self._saga.name} runs: steps beside each other are "
+                "branches of saga.parallel, and what a step does inside is a part of it, or a saga of its own"
+            )
+
     def _late(self) -> None:
-        if self._until is not None and self._saga.env.clock.now() >= self._until:
+        if self._until is not None and self._env.clock.now() >= self._until:
             raise DeadlineExceeded(self._saga.name)
 
+    def _cut(self) -> CallTimeout:
+        """The error of a step that is cut off."""
+        return CallTimeout(self._saga.name, self._span)
+
     def _told(self, name: str, error: BaseException | None) -> None:
-        if self._saga.env.sinks:
+        if self._env.sinks:
             from resilient.events import StepDone
 
-            self._saga.env.emit(StepDone(self._saga.name, self.id, name, error))
+            self._env.emit(StepDone(self._saga.name, self.id, name, error))
 
     def _branches(self, given: tuple[Any, ...]) -> list[tuple[Undo, Any]]:
-        """The branches of a group: what undoes each, and its function."""
+        """The branches of a group: what undoes each, and its function. All are checked before any has a number."""
         made: list[tuple[Undo, Any]] = []
         for one in given:
             if type(one) is Branch:
-                made.append(
-                    (Undo(0, one.name or called(one.function), one.compensate, one.args, one.kwargs), one.function)
-                )
-                continue
-            function, *args = one if isinstance(one, tuple) else (one,)
-            self._check(function, MISSING, "before")
-            made.append((Undo(0, called(function), None, tuple(args), {}), function))
+                self._check(one.function, one.compensate, "before")
+                function, undo = one.function, Undo(0, one.name or "", one.compensate, one.args, one.kwargs)
+            else:
+                function, *args = (one or (None,)) if isinstance(one, tuple) else (one,)
+                self._check(function, MISSING, "before")
+                undo = Undo(0, "", None, tuple(args), {})
+            if self._book is None:
+                undo.name = undo.name or called(function)
+            made.append((undo, function))
         if not made:
             raise ValueError("parallel needs at least one branch")
-        for undo, function in made:
-            self._check(function, undo.compensate, "before")
+        for undo, _ in made:
             self._number += 1
             undo.number = self._number
         return made
@@ -165,24 +194,52 @@ class Run:
             self._stack.append(group)
 
     def _first(self, outcomes: list[Outcome]) -> None:
-        """Raise the error of the first branch that failed by itself, with notes of the others."""
+        """Raise the error of the branch that failed first by itself, with notes of the others."""
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        for outcome in outcomes:
+            outcome.error = None  # or it would be a reference cycle
         if not errors:
             return
-        first = next((error for error in errors if isinstance(error, Exception)), errors[0])
+        first = min(errors, key=_rank)
         for other in errors:
             if other is not first and isinstance(other, Exception):
                 first.add_note(f"resilient: another branch failed as well: {other!r}")
-        self._failed = first
+        if self._book is not None:
+            self._failed = first
         try:
             raise first
         finally:
-            del first, errors, outcomes
+            del first, errors
+
+
+def _rank(error: BaseException) -> int:
+    """Interrupts before errors, and errors before the cancels that they have caused."""
+    return 0 if isinstance(error, (KeyboardInterrupt, SystemExit)) else 1 if isinstance(error, Exception) else 2
 
 
 def called(function: Any) -> str:
+    """The name of a function, as people know it."""
+    while isinstance(function, partial):
+        function = function.func
     name = getattr(function, "__qualname__", None)
     return name if isinstance(name, str) else type(function).__qualname__
+
+
+def title(function: Any, name: str | None) -> str:
+    """What a step is called, if it can be one."""
+    if name is not None and (type(name) is not str or not name):
+        raise TypeError(f"name must be some text, not {name!r}")
+    if not callable(function):
+        raise TypeError(f"a step needs a function, not {function!r}")
+    return called(function) if name is None else name
+
+
+def unawaited(saga: str, function: Any, value: Any) -> TypeError:
+    """The error of a plain saga whose step or branch is async."""
+    close = getattr(value, "close", None)
+    if callable(close):
+        close()
+    return TypeError(f"step {called(function)} is async, and saga {saga} is not: use `async with`")
 
 
 def raw(data: bytes) -> Any:
@@ -196,23 +253,45 @@ def one(program: Generator[Any, Any, None]) -> Program:
     return Outcome(None, None)
 
 
-_guards: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+def guarded(function: Any, retry: Retry | None, timeout: float | None, env: Env, is_async: bool | None = None) -> Any:
+    """`function` with the guards of a step. They are made once for each settings, and keep no function alive.
+
+    `is_async`: the saga is, and awaits what can be awaited. By default, as the function is.
+    """
+    if retry is not None:
+        from resilient.retry import Retry
+
+        if not isinstance(retry, Retry):
+            raise TypeError(f"retry must be a Retry, not {retry!r}")
+    if timeout is not None:
+        timeout = seconds("timeout", timeout)
+    if is_async is None:
+        is_async = kind_of(function) == "coro"
+    return partial(_shell(called(function), retry, timeout, env, is_async), function)
 
 
-def guarded(function: Any, retry: Retry | None, timeout: float | None, env: Env) -> Any:
-    """`function` with the guards of a step, made once for each function and settings."""
-    known = _guards.setdefault(function, {})
-    made = known.get((id(retry), timeout, id(env)))
-    if made is None:
-        from resilient.pipeline import Pipeline
-        from resilient.timeout import Timeout
+@lru_cache(maxsize=256)
+def _shell(name: str, retry: Retry | None, timeout: float | None, env: Env, is_async: bool) -> Any:
+    from resilient.pipeline import Pipeline
+    from resilient.timeout import Timeout
 
-        policies: list[Any] = [] if retry is None else [retry]
-        if timeout is not None:
-            policies.append(Timeout(timeout, sync="deadline" if kind_of(function) == "sync" else None))
-        # The policies are kept with it, so that their ids stay theirs.
-        made = known[id(retry), timeout, id(env)] = Pipeline(*policies, env=env)(function)
-    return made
+    policies: list[Any] = []
+    if retry is not None:
+        if retry.name is None:
+            retry.name = name
+        policies.append(retry)
+    if timeout is not None:
+        policies.append(Timeout(timeout, sync=None if is_async else "deadline", name=name))
+    return Pipeline(*policies, env=env)(_athrough if is_async else _through)
+
+
+def _through(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+async def _athrough(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    value = function(*args, **kwargs)
+    return await value if hasattr(value, "__await__") else value
 
 
 _keepers: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()

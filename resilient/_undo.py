@@ -1,25 +1,32 @@
 """The compensation stack: what has to be called to undo what was done, and the program that does it.
 
 A step's compensation is on the stack before the step runs, since a step may have had its effect and failed all the
-same. Undoing goes backwards, each compensation with its own retries; one that fails for good does not keep the others
-from running. Pure but for the user's functions, which a driver calls. A stack belongs to one saga, and to one task at
-a time.
+same. Undoing goes backwards, each compensation with its own retries and under no deadline; one that fails for good does
+not keep the others from running. Pure but for the user's functions, which a driver calls. A stack belongs to one saga,
+and to one task at a time.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from resilient._ambient import unlimited
 from resilient._drive import Do, Outcome
+from resilient.errors import SagaError
 
 if TYPE_CHECKING:
     from resilient.policy import Env
 
-__all__ = ["RESULT", "UNKNOWN", "Compensation", "Undo", "backwards", "call", "unwind"]
+__all__ = ["RESULT", "UNKNOWN", "AsyncUndoing", "Compensation", "Undo", "Undoing", "backwards", "call", "unwind"]
+
+step_key: ContextVar[str | None] = ContextVar("resilient.saga.key", default=None)
+"""The key of the step that runs here, or is undone, where the saga cannot know by itself."""
 
 
 class _Word:
@@ -59,7 +66,7 @@ def call(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Compensa
 
 
 class Undo(Struct, eq=False):
-    """One step on the stack, or a group of them."""
+    """One step on the stack. A list there is a group, or a nested saga."""
 
     number: int
     name: str
@@ -85,9 +92,10 @@ class Undo(Struct, eq=False):
 def takes_result(function: Any) -> bool:
     """Whether a compensation has a parameter named `result`."""
     try:
-        return "result" in inspect.signature(function).parameters
+        found = inspect.signature(function).parameters.get("result")
     except (TypeError, ValueError):
         return False
+    return found is not None and found.kind in (found.KEYWORD_ONLY, found.POSITIONAL_OR_KEYWORD)
 
 
 def check(compensate: Any) -> None:
@@ -104,6 +112,38 @@ def backwards(stack: list[Any]) -> list[Undo]:
     return flat
 
 
+class Undoing:
+    """Calls compensations for `unwind`: `run(function, args, kwargs)` with retries, and under no deadline.
+
+    `stop()` says that the time is over: no other compensation is begun, and a cancel is the end of the one that runs.
+    """
+
+    over = False
+    # Whether no cancel of the caller's reaches it: then one that a compensation raises is its own affair.
+    alone = False
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+        self.errors: list[Exception] = []
+        self.failed: list[Undo] = []
+
+    def __call__(self, function: Any, args: Any, kwargs: Any) -> Any:
+        with unlimited():
+            return self._run(function, args, kwargs)
+
+    def stop(self) -> None:
+        """Let nothing else begin."""
+        self.over = True
+
+
+class AsyncUndoing(Undoing):
+    """The same, awaited."""
+
+    async def __call__(self, function: Any, args: Any, kwargs: Any) -> Any:
+        with unlimited():
+            return await self._run(function, args, kwargs)
+
+
 def unwind(
     saga: str,
     id: str,
@@ -114,24 +154,36 @@ def unwind(
 ) -> Generator[Any, Any, tuple[list[Exception], BaseException | None]]:
     """Undo, in the order of `undos`. The errors of those that failed for good, and an interrupt that came meanwhile.
 
-    `guarded(function, args, kwargs)` calls a compensation with its retries. `done(undo, error)` is a program that notes
-    each end in the journal.
+    `guarded(function, args, kwargs)` calls a compensation with its retries; best an `Undoing`, which can be stopped:
+    then the rest have failed, or with `done` (a program that notes each end in the journal) are left to recovery.
     """
-    errors: list[Exception] = []
+    undoing = guarded if isinstance(guarded, Undoing) else Undoing(guarded)
+    errors = undoing.errors
     cut: BaseException | None = None
+    outer = step_key.get()
     for undo in undos:
-        outcome: Outcome = yield Do(guarded, undo.bound(), {})
-        error = outcome.error
-        if error is not None and not isinstance(error, Exception):
-            # An interrupt says nothing about the compensation: it runs once more, to its end.
-            cut = error
-            outcome = yield Do(guarded, undo.bound(), {})
+        error: BaseException | None
+        if undoing.over:
+            error = TimeoutError("it was not begun: the time for compensations was over")
+        else:
+            step_key.set(f"{saga}/{id}/{undo.number}")
+            outcome: Outcome = yield Do(guarded, undo.bound(), {})
             error = outcome.error
+            if error is not None and not isinstance(error, Exception) and not undoing.over:
+                # An interrupt says nothing about the compensation: it runs once more, to its end.
+                if not (undoing.alone and _is_cancel(error)):
+                    cut = error
+                outcome = yield Do(guarded, undo.bound(), {})
+                error = outcome.error
+            step_key.set(outer)
         if error is not None:
             if not isinstance(error, Exception):
-                error = RuntimeError(f"interrupted by {error!r}")
+                error = _failure(error, undoing.over)
             error.add_note(f"resilient: compensation of step {undo.name} of saga {saga} ({id})")
             errors.append(error)
+            undoing.failed.append(undo)
+            if undoing.over and done is not None:
+                raise SagaError("the time for its compensations was over", saga, id) from error
         if env.sinks:
             from resilient.events import Compensated
 
@@ -139,3 +191,16 @@ def unwind(
         if done is not None:
             yield from done(undo, error)
     return errors, cut
+
+
+def _failure(error: BaseException, over: bool) -> Exception:
+    """What a compensation failed with that was cut off."""
+    made = TimeoutError("the time for compensations was over") if over else RuntimeError(f"interrupted by {error!r}")
+    made.__cause__ = error
+    return made
+
+
+def _is_cancel(error: BaseException) -> bool:
+    """Whether `error` is how asyncio or trio cancel. Neither is imported to find out."""
+    kinds = (("asyncio.exceptions", "CancelledError"), ("trio", "Cancelled"))
+    return any(isinstance(error, getattr(sys.modules.get(module), name, ())) for module, name in kinds)

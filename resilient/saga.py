@@ -8,28 +8,44 @@ costs a microsecond, with a store n steps cost n + 1 commits. A saga belongs to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from resilient._ambient import deadline
+from resilient._ambient import deadline, nearest
 from resilient._book import Book
-from resilient._drive import adrive, drive
+from resilient._drive import Outcome, adrive, drive
 from resilient._journal import name_of, result_form
-from resilient._parallel import announcing, had, in_tasks, in_threads, values
-from resilient._run import MISSING, Branch, Run, branch, called, guarded, one, raw, task_keeper, thread_keeper
-from resilient._settle import NOTHING, apply_async, apply_sync, child, default_retry, ended, never, raised, settle
-from resilient._undo import RESULT, UNKNOWN, Compensation, Undo, call, check
+from resilient._parallel import Nested, announcing, had, in_tasks, in_threads, values
+from resilient._run import (
+    MISSING,
+    Branch,
+    Run,
+    branch,
+    guarded,
+    one,
+    raw,
+    task_keeper,
+    thread_keeper,
+    title,
+    unawaited,
+)
+from resilient._settle import NOTHING, apply_async, apply_sync, default_retry, ended, never, settle
+from resilient._undo import RESULT, UNKNOWN, AsyncUndoing, Compensation, Undo, Undoing, call, check
 from resilient._verdict import Errors
 from resilient.errors import SagaStuck
 from resilient.policy import SYSTEM, Env, seconds, whole
 from resilient.stores._open import shared
 
 if TYPE_CHECKING:
+    from resilient._drive import Program
     from resilient.retry import Retry
 
 __all__ = ["RESULT", "UNKNOWN", "AsyncSagaRun", "Branch", "Saga", "SagaRun", "branch", "call"]
 
 R = TypeVar("R")
+
+_INF = float("inf")
+_USED: Any = "used"
 
 
 class Saga:
@@ -39,17 +55,20 @@ class Saga:
     - `store`, a store or its URL, journals it. If this process dies, another undoes what was done
       (`resilient.sagas.recover`, or `resilient saga recover URL`). Steps and compensations must then be functions at
       the top of a module, and their arguments and results plain data, or typed by annotations.
-    - `timeout` is for the steps together, in seconds: an ambient deadline, and the end of what awaits; compensations
-      are not under it.
+    - `timeout` is for the steps together, in seconds. It is an ambient deadline inside of them; when it is over, what
+      awaits is cut off with `CallTimeout`, and no other step begins (`DeadlineExceeded`). So it is with an ambient
+      deadline around the saga. Compensations are under no deadline at all.
     - `compensate_on`: the errors that are undone (classes, or a predicate). Others leave everything as it is.
       Cancellation and interrupts are always undone.
     - `retries` is a `Retry` for compensations, each with counters of its own; by default four attempts at any error.
     - `on_stuck`: if a compensation fails for good, `"raise"` `SagaStuck`, or `"continue"` to `SagaAborted`.
-    - `grace`: how many seconds a cancelled saga may take to undo. `lease`: see `Idempotent`.
+    - `grace`: how many seconds a cancelled saga may take to undo; what is not begun by then is not undone. `lease`: see
+      `Idempotent`.
 
-    Ends in `SagaAborted` if it failed and all is undone; its cause is the step's error.
+    Ends in `SagaAborted` if it failed and all is undone; its cause is the step's error. A saga that was cancelled or
+    interrupted stays so; if it is stuck as well, notes on that error and the log say it.
 
-    >>> from resilient import Saga
+    >>> from resilient import Saga, SagaAborted
     >>> undone = []
     >>> try:
     ...     with Saga("order") as saga:
@@ -92,20 +111,27 @@ class Saga:
         version: int = 1,
         env: Env = SYSTEM,
     ) -> None:
-        if type(name) is not str or not name:
+        if type(name) is not str:
             raise TypeError(f"name must be some text, not {name!r}")
+        if not 0 < len(name) <= 255 or not name.isprintable() or "/" in name:
+            raise ValueError(f"name must be text of 1 to 255 printable characters and no '/', not {name!r}")
         if id is not None and (type(id) is not str or not 0 < len(id) <= 255 or not id.isprintable()):
             raise ValueError(f"id must be text of 1 to 255 printable characters, not {id!r}")
-        if on_stuck not in ("raise", "continue"):
+        if on_stuck != "raise" and on_stuck != "continue":
             raise ValueError(f"on_stuck must be 'raise' or 'continue', not {on_stuck!r}")
+        if retries is not None:
+            from resilient.retry import Retry
+
+            if not isinstance(retries, Retry):
+                raise TypeError(f"retries must be a Retry, not {retries!r}")
         self.name, self.on_stuck, self.env = name, on_stuck, env
         self.id = id
         self.timeout = None if timeout is None else seconds("timeout", timeout)
-        self.compensate_on: Any = None if compensate_on is Exception else Errors("compensate_on", compensate_on)
+        self.compensate_on: Any = None if compensate_on is Exception else _Wanted("compensate_on", compensate_on)
         self.retries = retries
         self.grace = grace if grace == 30.0 else seconds("grace", grace)
         self.lease = lease if lease == 30.0 else seconds("lease", lease)
-        self.version = version if version == 1 else whole("version", version, least=0)
+        self.version = version if type(version) is int and version >= 0 else whole("version", version, least=0)
         self.store = shared(store) if isinstance(store, str) else store
         self._run: Any = None
         self._inside: Any = None
@@ -116,21 +142,21 @@ class Saga:
         run = self._run = SagaRun(self)
         if self.store is not None:
             run._book = self._book(thread_keeper, "execute")
-        if self.timeout is not None:
-            self._limit(run)
+        self._limit(run)
         return run
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        run: SagaRun = self._run
-        if self._inside is not None:
-            self._unlimit()
+        run: SagaRun = self._leave()
         if error is None and run._book is None:
             run._over = True
             if self.env.sinks:
                 ended(self, run, "done")
             return
-        outcome = drive(settle(self, run, error, self._undoer()), self.store or NOTHING, self.env, never, (), {})
-        raised(outcome, error)
+        undoing = self._undoer()
+        program = settle(self, run, error, undoing)
+        outcome = drive(program, self.store or NOTHING, self.env, never, (), {})
+        self._tell(undoing, outcome, error, run.id)
+        outcome.reraise(error)
 
     async def __aenter__(self) -> AsyncSagaRun:
         if self._run is not None:
@@ -138,40 +164,21 @@ class Saga:
         run = self._run = AsyncSagaRun(self)
         if self.store is not None:
             run._book = self._book(task_keeper, "aexecute")
-        if self.timeout is not None:
-            self._limit(run)
+        self._limit(run)
         return run
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        run: AsyncSagaRun = self._run
-        if self._inside is not None:
-            self._unlimit()
+        run: AsyncSagaRun = self._leave()
         if isinstance(error, GeneratorExit):
-            # Nothing may be awaited any more. With a store, another process goes on from here.
-            if run._book is not None:
-                run._book.stop()
+            self._closed(run, error)
             return
         if error is None and run._book is None:
             run._over = True
             if self.env.sinks:
                 ended(self, run, "done")
             return
-        from resilient._aio import sheltered
-
-        program = settle(self, run, error, self._aundoer())
-        gone = error is not None and not isinstance(error, Exception)
-        try:
-            outcome, came = await sheltered(
-                gone, self.grace, adrive, program, self.store or NOTHING, self.env, never, (), {}
-            )
-        except TimeoutError as late:
-            text = f"its compensations took longer than the {self.grace:g} s of grace that a cancelled saga has"
-            raise SagaStuck(text, [late], self.name, run.id) from error
-        if came:
-            from asyncio import CancelledError
-
-            raise CancelledError from outcome.error
-        raised(outcome, error)
+        undoing = self._aundoer()
+        await self._carried(settle(self, run, error, undoing), self.store or NOTHING, undoing, error, run.id)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -189,11 +196,80 @@ class Saga:
             None,
         )
 
+    def _leave(self) -> Any:
+        """The run, which ends now. Nothing of it stays with this object, or it would be a reference cycle."""
+        run, self._run = self._run, _USED
+        if self._inside is not None:
+            self._unlimit()
+        run._failed = None
+        return run
+
+    async def _carried(
+        self, program: Program, store: Any, undoing: Undoing, error: BaseException | None, id: str
+    ) -> None:
+        """Undo, cancelled or not, and raise what comes of it; cancelled, it stays so."""
+        from resilient._aio import sheltered
+
+        undoing.alone = True
+        gone = error is not None and not isinstance(error, Exception)
+        came = False
+        try:
+            outcome, came = await sheltered(
+                gone, self.grace, adrive, program, store, self.env, never, (), {}, late=undoing.stop
+            )
+        except TimeoutError as late:
+            text = f"its compensations took longer than the {self.grace:g} s of grace that a cancelled saga has"
+            outcome = Outcome(None, error if gone else SagaStuck(text, [late], self.name, id))
+            undoing.errors.append(late)
+            came = not gone
+        final = outcome.error
+        if came and (final is None or isinstance(final, Exception)):
+            from asyncio import CancelledError
+
+            outcome.error = CancelledError()
+            for one in undoing.errors:
+                outcome.error.add_note(f"resilient: saga {self.name} ({id}) is stuck: {one!r}")
+            error = error if final is None else final
+        del final
+        self._tell(undoing, outcome, error, id)
+        outcome.reraise(error)
+
+    def _closed(self, run: AsyncSagaRun, error: GeneratorExit) -> None:
+        """Undo where nothing may be awaited any more: what is plain; `SagaStuck` for the rest."""
+        if run._book is not None:
+            # Another process goes on from here.
+            run._book.stop()
+            return
+        undoing = Undoing(_apply_closed)
+        outcome = drive(settle(self, run, error, undoing), NOTHING, self.env, never, (), {})
+        if undoing.errors:
+            text = "its coroutine was closed, and compensations failed or could not be awaited"
+            outcome.error, undoing.errors = SagaStuck(text, undoing.errors, self.name, run.id), []
+        outcome.reraise(error)
+
+    def _tell(self, undoing: Undoing, outcome: Outcome, error: BaseException | None, id: str) -> None:
+        """Log what could not be undone where no `SagaStuck` says it."""
+        errors, undoing.errors = undoing.errors, []
+        if errors and not isinstance(outcome.error, Exception):
+            import logging
+
+            log = logging.getLogger("resilient")
+            for one in errors:
+                log.error("saga %s (%s) is stuck: %r", self.name, id, one)
+
     def _limit(self, run: Run) -> None:
-        assert self.timeout is not None
-        self._inside = deadline(self.timeout, clock=self.env.clock)
-        self._inside.__enter__()
-        run._until = self.env.clock.now() + self.timeout
+        """Begin the time of the steps, if it is limited: by `timeout`, or by the deadline around the saga."""
+        clock = self.env.clock
+        until = nearest(clock)
+        if self.timeout is None and until == _INF:
+            return
+        start = clock.now()
+        run._until, run._span = until, max(0.0, until - start)
+        if self.timeout is not None:
+            if start + self.timeout < until:
+                run._until, run._span = start + self.timeout, self.timeout
+            self._inside = deadline(self.timeout, clock=clock)
+            self._inside.__enter__()
 
     def _unlimit(self) -> None:
         if self._inside is not None:
@@ -202,20 +278,44 @@ class Saga:
 
     def _limited(self, run: Run) -> Callable[[], None]:
         """Begin the time of the steps, if it is limited; what is returned ends it."""
-        if self.timeout is not None:
-            self._limit(run)
+        self._limit(run)
         return self._unlimit
 
     def _retry(self) -> Retry:
-        if self.retries is not None:
-            return self.retries
-        return default_retry()
+        if self.retries is None:
+            return default_retry()
+        if self.retries.name is None:
+            self.retries.name = "compensation"
+        return self.retries
 
-    def _undoer(self) -> Callable[..., Any]:
-        return self._retry().sync(apply_sync, self.env)
+    def _undoer(self) -> Undoing:
+        return Undoing(self._retry().sync(apply_sync, self.env))
 
-    def _aundoer(self) -> Callable[..., Any]:
-        return self._retry().coro(apply_async, self.env)
+    def _aundoer(self) -> Undoing:
+        return AsyncUndoing(self._retry().coro(apply_async, self.env))
+
+
+class _Wanted(Errors):
+    """The errors that are undone. One that the predicate cannot judge is."""
+
+    __slots__ = ()
+
+    def __contains__(self, error: BaseException) -> bool:
+        try:
+            return super().__contains__(error)
+        except Exception as fault:
+            error.add_note(f"resilient: compensate_on could not judge this, so it is undone: {fault!r}")
+            return True
+
+
+def _apply_closed(function: Any, args: Any, kwargs: Any) -> Any:
+    value = function(*args, **kwargs)
+    if hasattr(value, "__await__"):
+        close = getattr(value, "close", None)
+        if close is not None:
+            close()
+        raise RuntimeError(f"the compensation {function!r} has to be awaited, and its coroutine was being closed")
+    return value
 
 
 class SagaRun(Run):
@@ -226,7 +326,7 @@ class SagaRun(Run):
         function: Callable[..., R],
         /,
         *args: Any,
-        compensate: Any = MISSING,
+        compensate: Callable[..., object] | Compensation | None = MISSING,
         register: Literal["before", "after"] = "before",
         retry: Retry | None = None,
         timeout: float | None = None,
@@ -239,42 +339,58 @@ class SagaRun(Run):
         that name; or exactly as `call(…)` says. It is registered before the step runs, since a step may fail and have
         had its effect: then `result` is `UNKNOWN`. `register="after"` is for steps that fail without a trace.
         `compensate=None` says that there is nothing to undo. `retry` and `timeout` guard this step.
+
+        What the function raises comes out as it is; what is wrong with the step itself (`TypeError`, `ValueError`,
+        `RuntimeError` while another step runs, `DeadlineExceeded`) before it runs.
         """
-        if compensate is MISSING or self._over or self._failed is not None or register != "before":
+        if compensate is MISSING or self._active or self._over or register != "before" or self._failed is not None:
             self._check(function, compensate, register)
+            if compensate is MISSING:
+                compensate = None
         if self._until is not None:
             self._late()
-        self._number = number = self._number + 1
-        undo = Undo(number, name or "", None if compensate is MISSING else compensate, args, kwargs)
-        if self._book is not None or self._saga.env.sinks:
-            noted: R = self._noted(undo, function, register, retry, timeout)
+        try:
+            named = function.__qualname__ if name is None else title(function, name)
+        except AttributeError:
+            named = title(function, None)
+        run = function if retry is None and timeout is None else guarded(function, retry, timeout, self._env, False)
+        undo: Undo | None = None
+        if compensate is not None:
+            if type(compensate) is not Compensation:
+                check(compensate)
+            undo = Undo(0, named, compensate, args, kwargs)
+        if self._book is not None or self._env.sinks:
+            # A name that was not given is another one in a journal.
+            undo = undo or Undo(0, named, None, args, kwargs)
+            undo.name = named if name is not None or self._book is None else ""
+            noted: R = self._noted(undo, function, run, register)
             return noted
-        if undo.compensate is not None:
-            if type(undo.compensate) is not Compensation:
-                check(undo.compensate)
+        self._number = self._active = number = self._number + 1
+        if undo is not None:
+            undo.number = number
             if register == "before":
                 self._stack.append(undo)
-        run = function if retry is None and timeout is None else guarded(function, retry, timeout, self._saga.env)
-        self._active = number
         try:
             value: R = run(*args, **kwargs)
-        except BaseException as error:
-            self._failed = error
-            raise
+            if hasattr(value, "__await__"):
+                raise unawaited(self._saga.name, function, value)
         finally:
             self._active = 0
-        undo.value = value
-        if register == "after" and undo.compensate is not None:
-            self._stack.append(undo)
+        if undo is not None:
+            undo.value = value
+            if register == "after":
+                self._stack.append(undo)
         return value
 
-    def _noted(self, undo: Undo, function: Any, register: str, retry: Any, timeout: float | None) -> Any:
-        self._check(function, undo.compensate, register)
-        book, number = self._book, undo.number
-        undo.name = undo.name or (called(function) if book is None else name_of(function, "the step"))
+    def _noted(self, undo: Undo, function: Any, run: Any, register: str) -> Any:
+        book = self._book
+        undo.number = number = self._number + 1
         if book is not None:
-            form = result_form(function, name_of(function, "the step"))
+            place = name_of(function, "the step")
+            undo.name = undo.name or place
+            form = result_form(function, place)
             if book.recorded(number, undo.name, undo, self._forward) is not None and number in book.results:
+                self._number = number
                 undo.value = book.value(number, function, undo.name)
                 if undo.compensate is not None:
                     self._stack.append(undo)
@@ -283,16 +399,19 @@ class SagaRun(Run):
                 undoing = None if undo.compensate is None else undo
                 step = book.step(number, undo.name, undoing, 0, register == "after", self._forward, function)
                 drive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
+        self._number = self._active = number
         if undo.compensate is not None and register == "before":
             self._stack.append(undo)
-        run = function if retry is None and timeout is None else guarded(function, retry, timeout, self._saga.env)
-        self._active = number
         try:
-            undo.value = value = run(*undo.args, **undo.kwargs)
+            value = run(*undo.args, **undo.kwargs)
+            if hasattr(value, "__await__"):
+                raise unawaited(self._saga.name, function, value)
+            undo.value = value
             if book is not None:
                 book.pending[number] = raw(form.keep(value))
         except BaseException as error:
-            self._failed = error
+            if book is not None:
+                self._failed = error
             self._told(undo.name, error)
             raise
         finally:
@@ -306,17 +425,21 @@ class SagaRun(Run):
         """Run several steps beside each other, each in a thread with a copy of the context; their values, in order.
 
         A branch is `branch(function, *args, compensate=…)`, or (after the pivot) a tuple of a function and its
-        arguments. If one fails, the others are waited for, and then its error is raised.
+        arguments. If one fails, the others are waited for, since threads cannot be cancelled, and then its error is
+        raised. Each branch has its own `step_key`; a branch cannot have steps of this saga.
         """
         self._late()
         made = self._branches(branches)
-        todo = announcing(self, made)
-        if self._book is not None and todo:
-            drive(one(self._book.announce(todo, self._forward)), self._book.store, self._book.env, never, (), {})
+        steps = announcing(self, made)
+        if self._book is not None and steps:
+            drive(one(self._book.announce(steps, self._forward)), self._book.store, self._book.env, never, (), {})
         self._grouped(made)
-        outcomes = in_threads(
-            self, [(undo, function) for undo, function in made if not had(self._book, undo, function)]
-        )
+        todo = [(undo, function) for undo, function in made if not had(self._book, undo, function)]
+        self._active = made[0][0].number
+        try:
+            outcomes = in_threads(self, todo)
+        finally:
+            self._active = 0
         values(self, made)
         self._first(outcomes)
         return [undo.value for undo, _ in made]
@@ -324,8 +447,9 @@ class SagaRun(Run):
     def nested(self, name: str) -> Nested:
         """A saga inside this one: `with saga.nested("shipping") as child:`. To the outer one it is one step.
 
-        In memory, a failure inside is undone at once and comes out as `SagaAborted`; with a journal it is a failure of
-        the whole.
+        In memory, a failure inside is undone at once and comes out as `SagaAborted`, which the outer one may catch;
+        what could not be undone (`SagaStuck`) stays with the outer one, which tries again. With a journal it is a
+        failure of the whole; so it is after the pivot, and when cancelled.
         """
         return Nested(self, name)
 
@@ -333,12 +457,42 @@ class SagaRun(Run):
 class AsyncSagaRun(Run):
     """A saga that runs, for coroutines; plain functions may be steps and compensations too."""
 
+    _is_async = True
+
+    @overload
+    async def step(
+        self,
+        function: Callable[..., Awaitable[R]],
+        /,
+        *args: Any,
+        compensate: Callable[..., object] | Compensation | None = MISSING,
+        register: Literal["before", "after"] = "before",
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> R: ...
+
+    @overload
+    async def step(
+        self,
+        function: Callable[..., R],
+        /,
+        *args: Any,
+        compensate: Callable[..., object] | Compensation | None = MISSING,
+        register: Literal["before", "after"] = "before",
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> R: ...
+
     async def step(
         self,
         function: Callable[..., Any],
         /,
         *args: Any,
-        compensate: Any = MISSING,
+        compensate: Callable[..., object] | Compensation | None = MISSING,
         register: Literal["before", "after"] = "before",
         retry: Retry | None = None,
         timeout: float | None = None,
@@ -346,41 +500,51 @@ class AsyncSagaRun(Run):
         **kwargs: Any,
     ) -> Any:
         """Run `function(*args, **kwargs)`, awaited if it is async, and return its value. See `SagaRun.step`."""
-        if compensate is MISSING or self._over or self._failed is not None or register != "before":
+        if compensate is MISSING or self._active or self._over or register != "before" or self._failed is not None:
             self._check(function, compensate, register)
+            if compensate is MISSING:
+                compensate = None
         if self._until is not None:
             self._late()
-        self._number = number = self._number + 1
-        undo = Undo(number, name or "", None if compensate is MISSING else compensate, args, kwargs)
-        if self._book is not None or self._saga.env.sinks:
-            noted: Any = await self._anoted(undo, function, register, retry, timeout)
-            return noted
-        if undo.compensate is not None:
-            if type(undo.compensate) is not Compensation:
-                check(undo.compensate)
+        try:
+            named = function.__qualname__ if name is None else title(function, name)
+        except AttributeError:
+            named = title(function, None)
+        run = function if retry is None and timeout is None else guarded(function, retry, timeout, self._env, True)
+        undo: Undo | None = None
+        if compensate is not None:
+            if type(compensate) is not Compensation:
+                check(compensate)
+            undo = Undo(0, named, compensate, args, kwargs)
+        if self._book is not None or self._env.sinks:
+            # A name that was not given is another one in a journal.
+            undo = undo or Undo(0, named, None, args, kwargs)
+            undo.name = named if name is not None or self._book is None else ""
+            return await self._anoted(undo, function, run, register)
+        self._number = self._active = number = self._number + 1
+        if undo is not None:
+            undo.number = number
             if register == "before":
                 self._stack.append(undo)
-        run = function if retry is None and timeout is None else guarded(function, retry, timeout, self._saga.env)
-        self._active = number
         try:
-            value: Any = await self._awaited(run, args, kwargs)
-        except BaseException as error:
-            self._failed = error
-            raise
+            value = await self._awaited(run, args, kwargs)
         finally:
             self._active = 0
-        undo.value = value
-        if register == "after" and undo.compensate is not None:
-            self._stack.append(undo)
+        if undo is not None:
+            undo.value = value
+            if register == "after":
+                self._stack.append(undo)
         return value
 
-    async def _anoted(self, undo: Undo, function: Any, register: str, retry: Any, timeout: float | None) -> Any:
-        self._check(function, undo.compensate, register)
-        book, number = self._book, undo.number
-        undo.name = undo.name or (called(function) if book is None else name_of(function, "the step"))
+    async def _anoted(self, undo: Undo, function: Any, run: Any, register: str) -> Any:
+        book = self._book
+        undo.number = number = self._number + 1
         if book is not None:
-            form = result_form(function, name_of(function, "the step"))
+            place = name_of(function, "the step")
+            undo.name = undo.name or place
+            form = result_form(function, place)
             if book.recorded(number, undo.name, undo, self._forward) is not None and number in book.results:
+                self._number = number
                 undo.value = book.value(number, function, undo.name)
                 if undo.compensate is not None:
                     self._stack.append(undo)
@@ -389,16 +553,16 @@ class AsyncSagaRun(Run):
                 undoing = None if undo.compensate is None else undo
                 step = book.step(number, undo.name, undoing, 0, register == "after", self._forward, function)
                 await adrive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
+        self._number = self._active = number
         if undo.compensate is not None and register == "before":
             self._stack.append(undo)
-        run = function if retry is None and timeout is None else guarded(function, retry, timeout, self._saga.env)
-        self._active = number
         try:
             undo.value = value = await self._awaited(run, undo.args, undo.kwargs)
             if book is not None:
                 book.pending[number] = raw(form.keep(value))
         except BaseException as error:
-            self._failed = error
+            if book is not None:
+                self._failed = error
             self._told(undo.name, error)
             raise
         finally:
@@ -413,27 +577,28 @@ class AsyncSagaRun(Run):
             value = run(*args, **kwargs)
             return await value if hasattr(value, "__await__") else value
         from resilient._aio import within
-        from resilient.errors import CallTimeout
 
-        saga = self._saga
-        assert saga.timeout is not None
-        late = CallTimeout(saga.name, saga.timeout)
-        return await within(saga.env.clock, self._until, lambda: late, apply_async, run, args, kwargs)
+        return await within(self._env.clock, self._until, self._cut, apply_async, run, args, kwargs)
 
     async def parallel(self, *branches: Any) -> list[Any]:
-        """Run several steps beside each other, as tasks; their values, in order.
+        """Run several steps beside each other, as tasks, each with a copy of the context; their values, in order.
 
         If one fails, the others are cancelled and waited for, and then its error is raised. See `SagaRun.parallel`.
         """
         self._late()
         made = self._branches(branches)
-        todo = announcing(self, made)
-        if self._book is not None and todo:
-            await adrive(one(self._book.announce(todo, self._forward)), self._book.store, self._book.env, never, (), {})
+        steps = announcing(self, made)
+        if self._book is not None and steps:
+            await adrive(
+                one(self._book.announce(steps, self._forward)), self._book.store, self._book.env, never, (), {}
+            )
         self._grouped(made)
-        outcomes = await in_tasks(
-            self, [(undo, function) for undo, function in made if not had(self._book, undo, function)]
-        )
+        todo = [(undo, function) for undo, function in made if not had(self._book, undo, function)]
+        self._active = made[0][0].number
+        try:
+            outcomes = await in_tasks(self, todo)
+        finally:
+            self._active = 0
         values(self, made)
         self._first(outcomes)
         return [undo.value for undo, _ in made]
@@ -441,49 +606,3 @@ class AsyncSagaRun(Run):
     def nested(self, name: str) -> Nested:
         """A saga inside this one: `async with saga.nested("shipping") as child:`. See `SagaRun.nested`."""
         return Nested(self, name)
-
-
-class Nested:
-    """A part of a saga that is undone by itself if it fails, and with the whole if that fails later."""
-
-    __slots__ = ("_name", "_run", "_stack")
-
-    def __init__(self, run: Any, name: str) -> None:
-        self._run, self._name = run, name
-        self._stack: list[Any] = []
-
-    def __enter__(self) -> SagaRun:
-        run: SagaRun = self._enter()
-        return run
-
-    async def __aenter__(self) -> AsyncSagaRun:
-        run: AsyncSagaRun = self._enter()
-        return run
-
-    def _enter(self) -> Any:
-        run = self._run
-        self._stack, run._stack = run._stack, []
-        return run
-
-    def _leave(self) -> list[Any]:
-        run = self._run
-        mine, run._stack = run._stack, self._stack
-        return mine
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        run, mine = self._run, self._leave()
-        if error is None or run._book is not None or not isinstance(error, Exception):
-            run._stack.append(mine)
-            return
-        saga = run._saga
-        program = child(saga, run, self._name, error, mine, saga._undoer())
-        raised(drive(program, NOTHING, saga.env, never, (), {}), error)
-
-    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        run, mine = self._run, self._leave()
-        if error is None or run._book is not None or not isinstance(error, Exception):
-            run._stack.append(mine)
-            return
-        saga = run._saga
-        program = child(saga, run, self._name, error, mine, saga._aundoer())
-        raised(await adrive(program, NOTHING, saga.env, never, (), {}), error)
