@@ -785,11 +785,11 @@ def test_two_processes_upgrade_at_once_and_it_happens_once(tmp_path: Path) -> No
     store.close()
     assert sorted(together([child("upgrade", str(path)) for _ in range(2)])) == ["Acquired", "Busy"]
     connection = sqlite3.connect(path)
-    assert connection.execute("SELECT version FROM resilient_schema").fetchall() == [(2,)]
+    assert connection.execute("SELECT version FROM resilient_schema").fetchall() == [(3,)]
     assert connection.execute("SELECT a FROM resilient_more").fetchall() == [(1,)]
     assert connection.execute("SELECT count(*) FROM resilient_records").fetchone() == (2,)
     connection.close()
-    with pytest.raises(StoreError, match="of version 2, made by a newer resilient"):
+    with pytest.raises(StoreError, match="of version 3, made by a newer resilient"):
         store.execute(Read("old"))
 
 

@@ -32,10 +32,11 @@ from resilient.stores import (
     Renew,
     Scan,
 )
+from resilient.stores._ops import Append, Begin, History
 from resilient.stores.sqlite import SQLiteStore
 from resilient.testing import FakeClock
 
-COLUMNS = ("owner", "fence", "attempt", "fingerprint", "label", "began", "mark", "expires", "result")
+COLUMNS = ("owner", "fence", "attempt", "fingerprint", "label", "began", "mark", "expires", "result", "entries")
 CLAIMED = (Acquired, Completed, Busy, Doubtful)
 FINE: dict[str, Any] = {
     "owner": "a",
@@ -47,6 +48,7 @@ FINE: dict[str, Any] = {
     "mark": 2e9,
     "expires": None,
     "result": None,
+    "entries": 0,
 }
 
 values: st.SearchStrategy[Any] = st.one_of(
@@ -67,6 +69,11 @@ operations: st.SearchStrategy[Op[Any]] = st.sampled_from(
         Finish("k", "a", 7, b"r", 10.0),
         *(Release("k", "a", fence) for fence in (0, 7)),
         *(Abandon("k", "a", fence) for fence in (0, 7)),
+        Begin("k", "a", 10.0, b"entry", "l"),
+        Begin("k", "b", 10.0, b"entry", "l", True),
+        *(Append("k", "a", 7, at, b"entry", 10.0, label) for at in (0, 1) for label in ("", "l")),
+        History("k"),
+        *(Scan(state=state) for state in ("running", "in doubt", "done")),
         Read("k"),
         Scan(),
         Scan("", 100, "l"),
@@ -85,7 +92,9 @@ class Table:
         self.store = SQLiteStore(path, clock=FakeClock(epoch=1_700_000_000.0), durability="normal")
         self.connection.execute("CREATE TABLE effects (a)")
         self.connection.execute("CREATE TABLE resilient_schema (version)")
-        self.connection.execute("INSERT INTO resilient_schema VALUES (1)")
+        self.connection.execute("INSERT INTO resilient_schema VALUES (2)")
+        self.connection.execute("CREATE TABLE resilient_entries (key, number, data)")
+        self.connection.execute("CREATE UNIQUE INDEX resilient_entries_key ON resilient_entries (key, number)")
         self.connection.execute(f"CREATE TABLE resilient_records (key, {', '.join(COLUMNS)})")
         self.connection.execute("CREATE UNIQUE INDEX resilient_records_key ON resilient_records (key)")
 
@@ -114,7 +123,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Table]:
 def right(op: Op[Any], answer: Any) -> bool:
     if isinstance(answer, StoreError):
         return not answer.maybe_written and len(str(answer)) < 500
-    if isinstance(op, Claim):
+    if isinstance(op, (Claim, Begin)):
         return (
             isinstance(answer, CLAIMED)
             and type(answer.fence) is int
@@ -123,6 +132,8 @@ def right(op: Op[Any], answer: Any) -> bool:
         )
     if isinstance(op, Read):
         return answer is None or sound(answer)
+    if isinstance(op, History):
+        return answer is None or (sound(answer[0]) and all(type(entry) is bytes for entry in answer[1]))
     if isinstance(op, Scan):
         return isinstance(answer, Page) and all(map(sound, answer.records))
     return type(answer) is (int if isinstance(op, Purge) else bool)
@@ -187,6 +198,12 @@ def test_what_is_wrong_is_said_and_nothing_of_the_value(table: Table, changes: d
         with pytest.raises(StoreError, match=f"the record of key 'k' is damaged: {text}$"):
             table.store.execute(op)
     assert table.store.execute(Forget("k")) is (changes.get("result") is not None), "a person can remove what ended"
+
+
+def test_a_number_of_entries_that_is_none(table: Table) -> None:
+    table.put(FINE | {"entries": "many"})
+    with pytest.raises(StoreError, match="the record of key 'k' is damaged: entries is of type str"):
+        table.store.execute(Append("k", "a", 7, 1, b"entry", 10.0))
 
 
 def test_a_key_that_is_no_text(table: Table) -> None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from resilient.clock import SystemClock
-from resilient.stores._ops import Abandon, Acquired, Claim, Finish, Release
+from resilient.errors import StoreError
+from resilient.stores._ops import Abandon, Acquired, Append, Begin, Claim, Finish, Release
 from resilient.stores._sqlite_file import busy, copy, unsure, wrapped
 from resilient.stores._sqlite_jobs import Helper, Job, TaskJob, hand_out, ring
 
@@ -35,6 +36,9 @@ __all__ = ["Group"]
 _IDLE, _BEGUN, _COMMITTING, _FAILED, _ALONE = range(5)
 
 _ENDS = frozenset((Finish, Release, Abandon))
+_CLAIMS = frozenset((Claim, Begin))
+_TWICE = frozenset((Begin, Append))
+"""Operations that write twice, and may fail in between. A `StoreError` comes before."""
 
 _PATIENCE = 5.0  # seconds that a fork waits for what is running
 _clock = SystemClock()
@@ -156,13 +160,13 @@ class Group:
                 self.stage = _IDLE
                 if not job.answer and kind is Finish:  # it may have been finished before
                     self._work((job,))
-        elif self._fresh and kind is Claim:
-            self._claim(job, execute)
+        elif kind is Append or (self._fresh and kind in _CLAIMS):
+            self._transact(job, execute)
         else:
             self._work((job,))
 
-    def _claim(self, job: Job, execute: Execute) -> None:
-        """The same for a claim of what is probably a new key. Its clock is read under the lock.
+    def _transact(self, job: Job, execute: Execute) -> None:
+        """The same for an entry, and for a claim of what is probably a new key. The clock is read under the lock.
 
         A fence from before would not be larger than that of another who came and went in the meantime.
         """
@@ -171,7 +175,7 @@ class Group:
             self.stage = _BEGUN
             execute("BEGIN IMMEDIATE")
             now = self._file.at()
-            answer = job.answer = self._file.sql.claim(execute, job.op, now)
+            answer = job.answer = self._file.sql.answer(execute, job.op, now)
             self.stage = _COMMITTING
             execute("COMMIT")
             self.stage = _IDLE
@@ -183,7 +187,8 @@ class Group:
             else:
                 self._failed((job,), error, now)
         else:
-            self._fresh = type(answer) is Acquired
+            if answer is not True:  # what an entry is answered, and no claim
+                self._fresh = type(answer) is Acquired
 
     def _lead(self) -> None:
         queue = self._queue
@@ -243,7 +248,7 @@ class Group:
         rest: list[Job] = []
         seen: list[Job] = []
         for job in batch:
-            if job.look and not (trust and type(job.op) is Claim):
+            if job.look and not (trust and type(job.op) in _CLAIMS):
                 job.look = False
                 try:
                     job.answer = peek(job.op)
@@ -281,11 +286,12 @@ class Group:
             for job in jobs:
                 try:
                     job.answer = answer(execute, job.op, now)
-                    if type(job.op) is Claim:
+                    if type(job.op) in _CLAIMS:
                         self._fresh = type(job.answer) is Acquired
                 except Exception as error:
-                    # It has written nothing: the statement that writes is the last of a job.
-                    if not writer.in_transaction:
+                    # It has written nothing: the statement that writes is the last of a job, or else all begin anew.
+                    halfway = type(job.op) in _TWICE and not isinstance(error, StoreError)
+                    if halfway or not writer.in_transaction:
                         raise
                     job.error = wrapped(error, file.path)
             self.stage = _COMMITTING

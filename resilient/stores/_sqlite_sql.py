@@ -1,20 +1,23 @@
 """The SQL of the SQLite store: operations into statements, rows into answers.
 
 Promises that each operation is decided and written by statements of one transaction, that at most the last of them
-changes anything, and that a row of which no store of ours can be the author is a `StoreError`. Does not: begin or
-commit, or know of threads. Per operation one or two statements. Immutable, so safe from any thread.
+changes anything (of `Begin` and `Append`, the last two), and that a row of which no store of ours can be the author is
+a `StoreError`. Does not: begin or commit, or know of threads. Per operation one to three statements. Immutable, so safe
+from any thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 from resilient.errors import StoreError
 from resilient.stores._ops import (
     Abandon,
     Acquired,
     AnyOp,
+    Append,
+    Begin,
     Busy,
     Claim,
     Claimed,
@@ -22,6 +25,7 @@ from resilient.stores._ops import (
     Doubtful,
     Finish,
     Forget,
+    History,
     Page,
     Purge,
     Read,
@@ -34,7 +38,7 @@ from resilient.stores._ops import (
 __all__ = ["MIGRATIONS", "Execute", "Rows", "Sql"]
 
 # A table with row numbers, and the key in an index: new records go to the end of the table, whatever their keys.
-# `mark` is the end of the lease or, once done, the instant of that: what a purge looks for, and it nearly only grows.
+# `mark` is the end of the lease or, once done, the instant of that: what a purge looks for.
 # Version n is the schema after the first n entries. Append, never change one. `{p}` is the prefix.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -53,6 +57,29 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE UNIQUE INDEX {p}records_key ON {p}records (key)",
         "CREATE INDEX {p}records_mark ON {p}records (mark)",
+    ),
+    # Journals. By key and not by row number, which a VACUUM may change. Triggers, so that no journal outlives its
+    # record; `attempt` only changes when a record changes hands. `entries` counts them.
+    # An entry or a heartbeat leaves `began` alone, and so touches no index. Records that are open are found without a
+    # look at those that have ended, and each kind is purged by an index of its own.
+    (
+        """CREATE TABLE {p}entries (
+            key TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            data BLOB NOT NULL,
+            PRIMARY KEY (key, number)
+        ) WITHOUT ROWID""",
+        "ALTER TABLE {p}records ADD COLUMN entries INTEGER NOT NULL DEFAULT 0",
+        """CREATE TRIGGER {p}records_gone AFTER DELETE ON {p}records WHEN OLD.entries <> 0 BEGIN
+            DELETE FROM {p}entries WHERE key = OLD.key;
+        END""",
+        """CREATE TRIGGER {p}records_anew AFTER UPDATE OF attempt ON {p}records
+        WHEN OLD.result IS NOT NULL AND OLD.entries <> 0 BEGIN
+            DELETE FROM {p}entries WHERE key = OLD.key;
+        END""",
+        "DROP INDEX {p}records_mark",
+        "CREATE INDEX {p}records_open ON {p}records (began) WHERE result IS NULL",
+        "CREATE INDEX {p}records_ended ON {p}records (mark) WHERE result IS NOT NULL",
     ),
 )
 
@@ -138,35 +165,61 @@ class Sql:
         columns = _NEUTRAL if neutral else _COLUMNS
         key = "CAST(key AS BLOB)" if neutral else "key"
         self._insert = (
-            f"INSERT INTO {table} (key, owner, fence, attempt, fingerprint, label, began, mark) "
-            "VALUES (?, ?, ?, 1, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
+            f"INSERT INTO {table} (key, owner, fence, attempt, fingerprint, label, began, mark, entries) "
+            "VALUES (?, ?, ?, 1, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
         )
         self._select = f"SELECT {columns} FROM {table} WHERE key = ?"
         self._again = f"UPDATE {table} SET mark = ? WHERE key = ?"
         self._take = (
             f"UPDATE {table} SET owner = ?, fence = ?, attempt = ?, fingerprint = ?, label = ?, began = ?, mark = ?, "
-            "expires = NULL, result = NULL WHERE key = ?"
+            "entries = coalesce(?, entries), expires = NULL, result = NULL WHERE key = ?"
         )
         mine = "WHERE key = ? AND owner = ? AND (fence = ? OR ? = 0)"
         self._renew = f"UPDATE {table} SET mark = ? {mine} AND result IS NULL"
         self._finish = f"UPDATE {table} SET result = ?, mark = ?, expires = ? {mine} AND result IS NULL"
         self._release = f"DELETE FROM {table} {mine} AND result IS NULL"
         self._abandon = f"UPDATE {table} SET mark = min(mark, ?) {mine} AND result IS NULL"
-        self._scan = (
-            f"SELECT {key}, {columns} FROM {table} WHERE key > ? AND instr(label, ?) > 0 "
-            "AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT ?"
-        )
+        scan = f"SELECT {key}, {columns} FROM {table} WHERE instr(label, ?) > 0 AND"
+        # By `began`, which stays as it is while a record is open, and by key for those of one instant.
+        order = "AND (began, key) > (?, ?) ORDER BY began, key LIMIT ?"
+        self._scans = {
+            "": f"{scan} (expires IS NULL OR expires > ?) AND key > ? ORDER BY key LIMIT ?",
+            "done": f"{scan} expires > ? AND key > ? ORDER BY key LIMIT ?",
+            "running": f"{scan} mark > ? AND result IS NULL {order}",
+            "in doubt": f"{scan} mark <= ? AND result IS NULL {order}",
+        }
+        # What is open began before its mark.
         self._purge = (
-            f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE mark <= ? ORDER BY mark LIMIT ?)"
+            f"DELETE FROM {table} WHERE rowid IN (SELECT * FROM (SELECT rowid FROM {table} WHERE result IS NOT NULL "
+            "AND mark <= ?1 ORDER BY mark LIMIT ?2) UNION ALL SELECT * FROM (SELECT rowid FROM "
+            f"{table} WHERE result IS NULL AND began <= ?1 AND mark <= ?1 ORDER BY began LIMIT ?2) LIMIT ?2)"
+        )
+        entries = f"{prefix}entries"
+        self._first = f"INSERT INTO {entries} (key, number, data) VALUES (?, 0, ?) ON CONFLICT (key, number) DO NOTHING"
+        self._counted = f"UPDATE {table} SET entries = 1 WHERE key = ?"
+        self._append = f"INSERT INTO {entries} (key, number, data) VALUES (?, ?, ?)"
+        self._next = f"UPDATE {table} SET mark = ?, entries = entries + 1 {mine} AND result IS NULL AND entries = ?"
+        self._next_label = (
+            f"UPDATE {table} SET mark = ?, label = ?, entries = entries + 1 {mine} AND result IS NULL AND entries = ?"
+        )
+        self._relabel = f"UPDATE {table} SET mark = ?, label = ? {mine} AND result IS NULL"
+        self._length = f"SELECT entries FROM {table} WHERE key = ?"
+        # One statement, so that it is of one instant on any connection.
+        self._history = (
+            f"SELECT -1, {columns} FROM {table} WHERE key = ?1 UNION ALL "
+            f"SELECT number, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, +data FROM {entries} WHERE key = ?1"
         )
         self._forget = f"DELETE FROM {table} WHERE key = ? AND (result IS NOT NULL OR mark <= ?)"
         self._how: dict[type[AnyOp], Callable[[Execute, Any, float], object]] = {
-            Claim: self.claim,
+            Claim: self._do_claim,
             Renew: self._do_renew,
             Finish: self._do_finish,
             Release: self._do_release,
             Abandon: self._do_abandon,
             Read: self._do_read,
+            Begin: self._do_begin,
+            Append: self._do_append,
+            History: self._do_history,
             Scan: self._do_scan,
             Purge: self._do_purge,
             Forget: self._do_forget,
@@ -185,11 +238,11 @@ class Sql:
         return self._how[type(op)](execute, op, now)
 
     def peek(self, execute: Execute, op: AnyOp, now: float) -> object:
-        """The answer to a `Read` or a `Scan`, and to a `Claim` that need not write; `...` if it must.
+        """The answer to what only reads, and to a `Claim` or a `Begin` that need not write; `...` if it must.
 
         `now` is taken before the row is read, so that a lease that looks over is over.
         """
-        if type(op) is Claim:
+        if isinstance(op, (Claim, Begin)):
             row = self._row(execute, op.key)
             answer = None if row is None else self._judge(op, row, now)
             return ... if answer is None else answer
@@ -209,7 +262,7 @@ class Sql:
         return (_text(owner), fence, attempt, _text(fingerprint), _text(label), began, mark, expires, result)
 
     @staticmethod
-    def _judge(op: Claim, row: _Row, now: float) -> Completed | Busy | Doubtful | None:
+    def _judge(op: Claim | Begin, row: _Row, now: float) -> Completed | Busy | Doubtful | None:
         """What a claim answers where nothing has to be written; None where the record can be had."""
         owner, fence, attempt, fingerprint, _, _, mark, expires, result = row
         if result is not None and expires is not None:
@@ -220,13 +273,16 @@ class Sql:
             return Busy(fence, attempt, fingerprint, mark - now)
         return None if op.take_over else Doubtful(fence, attempt, fingerprint, now - mark)
 
-    def claim(self, execute: Execute, op: Claim, now: float) -> Claimed:
-        """Carry out a claim, where most often the key is new."""
+    def _do_claim(self, execute: Execute, op: Claim, now: float) -> Claimed:
         # Microseconds since the epoch: larger than any number before, also where the record was purged in between.
         fence = int(now * 1e6)
-        values = (op.key, op.owner, fence, op.fingerprint, op.label, now, now + op.lease)
+        values = (op.key, op.owner, fence, op.fingerprint, op.label, now, now + op.lease, 0)
         if execute(self._insert, values).rowcount == 1:
             return Acquired(fence, 1)
+        return self._held(execute, op, op.fingerprint, 0, now)
+
+    def _held(self, execute: Execute, op: Claim | Begin, fingerprint: str, entries: int, now: float) -> Claimed:
+        """Claim a key that is not new; with so many `entries` where its result's time is over."""
         row = self._row(execute, op.key)
         if row is None:
             raise StoreError(
@@ -235,14 +291,69 @@ class Sql:
         answer = self._judge(op, row, now)
         if answer is not None:
             return answer
-        owner, last, attempt, _, _, _, _, expires, _ = row
+        owner, last, attempt, _, label, began, _, expires, _ = row
         if expires is None and owner == op.owner:
             execute(self._again, (now + op.lease, op.key))
             return Acquired(last, attempt)
-        attempt = 1 if expires is not None else attempt + 1
-        fence = max(fence, last + 1)
-        execute(self._take, (op.owner, fence, attempt, op.fingerprint, op.label, now, now + op.lease, op.key))
+        fence = max(int(now * 1e6), last + 1)
+        if expires is not None:
+            attempt, label, began, kept = 1, op.label, now, entries
+        else:
+            attempt, label, kept = attempt + 1, op.label or label, None
+        execute(self._take, (op.owner, fence, attempt, fingerprint, label, began, now + op.lease, kept, op.key))
         return Acquired(fence, attempt)
+
+    def _do_begin(self, execute: Execute, op: Begin, now: float) -> Claimed:
+        fence = int(now * 1e6)
+        values = (op.key, op.owner, fence, "", op.label, now, now + op.lease, 1)
+        if execute(self._insert, values).rowcount == 1:
+            execute(self._append, (op.key, 0, op.entry))
+            return Acquired(fence, 1)
+        reply = self._held(execute, op, "", 1, now)
+        if type(reply) is Acquired and execute(self._first, (op.key, op.entry)).rowcount == 1:
+            execute(self._counted, (op.key,))  # it was there without a journal
+        return reply
+
+    def _do_append(self, execute: Execute, op: Append, now: float) -> bool:
+        key, owner, fence, until, label = op.key, op.owner, op.fence, now + op.lease, op.label
+        if label:
+            written = execute(self._next_label, (until, label, key, owner, fence, fence, op.at))
+        else:
+            written = execute(self._next, (until, key, owner, fence, fence, op.at))
+        if written.rowcount == 1:
+            execute(self._append, (key, op.at, op.entry))
+            return True
+        row = self._row(execute, key)
+        if row is None or row[0] != owner or fence not in (0, row[1]) or row[8] is not None:
+            return False
+        length = execute(self._length, (key,)).fetchone()[0]
+        if type(length) is not int:
+            raise StoreError(f"the record of key {key[:255]!r} is damaged: entries is {_kind(length)}")
+        if op.at > length:
+            raise StoreError(f"the journal of key {key[:255]!r} has {length} entries: number {op.at} would leave a gap")
+        if label:
+            execute(self._relabel, (until, label, key, owner, fence, fence))
+        else:
+            execute(self._renew, (until, key, owner, fence, fence))
+        return True
+
+    def _do_history(self, execute: Execute, op: History, now: float) -> tuple[Record, tuple[bytes, ...]] | None:
+        record: Record | None = None
+        journal: dict[int, bytes] = {}
+        for number, *values in execute(self._history, (op.key,)).fetchall():
+            if number == -1:
+                row = _checked(op.key, self._texts(values) if self._neutral else values)
+                record = _record(op.key, row, now)
+            else:
+                journal[number] = values[-1]
+        if record is None or (record.expires_at is not None and record.expires_at <= now):
+            return None
+        entries = tuple(journal.get(number) for number in range(len(journal)))
+        if not all(type(entry) is bytes for entry in entries):
+            raise StoreError(
+                f"the journal of key {op.key[:255]!r} is damaged: an entry is missing or not of type bytes"
+            )
+        return record, cast("tuple[bytes, ...]", entries)
 
     def _do_renew(self, execute: Execute, op: Renew, now: float) -> bool:
         return execute(*self._to_renew(op, now)).rowcount == 1
@@ -277,10 +388,19 @@ class Sql:
         return None if record is None or (record.expires_at is not None and record.expires_at <= now) else record
 
     def _do_scan(self, execute: Execute, op: Scan, now: float) -> Page:
+        statement = self._scans.get(op.state)
+        if statement is None:
+            return Page((), "")
+        place: tuple[Any, ...] = (op.after,)
+        opened = op.state in ("running", "in doubt")
+        if opened:
+            since, _, after = op.after.partition(" ")
+            place = (float(since or "-inf"), after)
         found: list[Record] = []
-        for values in execute(self._scan, (op.after, op.text, now, op.limit + 1)).fetchall():
+        for values in execute(statement, (op.text, now, *place, op.limit + 1)).fetchall():
             if len(found) == op.limit:
-                return Page(tuple(found), found[-1].key)
+                last = found[-1]
+                return Page(tuple(found), f"{last.began_at!r} {last.key}" if opened else last.key)
             key, *rest = values
             if self._neutral:
                 key, rest = _text(key), [*self._texts(rest)]

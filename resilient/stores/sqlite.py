@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, unquote
 
 from resilient.clock import SystemClock, in_trio
 from resilient.errors import StoreError
-from resilient.stores._ops import Claim, Op, Read, Scan
+from resilient.stores._ops import Append, Begin, Claim, History, Op, Read, Scan
 from resilient.stores._sqlite_file import TROUBLE, File, wrapped
 from resilient.stores._sqlite_group import Group
 from resilient.stores._sqlite_jobs import Job, TaskJob
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     import aiosqlite
 
     from resilient.clock import Clock
+    from resilient.stores._sqlite_sql import Execute
 
 __all__ = ["SQLiteStore"]
 
 R = TypeVar("R")
 
 _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,30}\Z")
-_PEEKED = frozenset((Claim, Read, Scan))
+_PEEKED = frozenset((Claim, Begin, Read, History, Scan))
 
 
 class SQLiteStore:
@@ -154,7 +155,10 @@ class SQLiteStore:
         try:
             cursor = sqlite3.Cursor(connection)  # without the connection's row factory
             try:
-                answer = self._neutral.answer(cursor.execute, op, self.clock.at())
+                if isinstance(op, (Begin, Append)):
+                    answer = self._whole(connection, cursor.execute, op)
+                else:
+                    answer = self._neutral.answer(cursor.execute, op, self.clock.at())
             finally:
                 cursor.close()
         except TROUBLE as error:
@@ -172,6 +176,23 @@ class SQLiteStore:
 
     def __repr__(self) -> str:
         return f"SQLiteStore({self.path!r}, durability={self.durability!r})"
+
+    def _whole(self, connection: sqlite3.Connection, execute: Execute, op: Op[Any]) -> object:
+        """What writes twice, on a connection of the user: both or neither."""
+        level = None if getattr(connection, "autocommit", None) is True else connection.isolation_level
+        if level is not None and not connection.in_transaction:
+            # What sqlite3 itself does before a first write; without it, the end of the savepoint would commit.
+            execute(f"BEGIN {level}")
+        execute("SAVEPOINT resilient")
+        try:
+            answer = self._neutral.answer(execute, op, self.clock.at())
+        except BaseException:
+            if connection.in_transaction:
+                execute("ROLLBACK TO resilient")
+                execute("RELEASE resilient")
+            raise
+        execute("RELEASE resilient")
+        return answer
 
     def _foreign(self, error: Exception) -> Exception:
         if "no such table" in str(error):
