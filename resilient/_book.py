@@ -73,6 +73,10 @@ class Book:
         self.store, self.env, self.saga, self.id, self.version = store, env, saga, id, version
         self.lease, self.keeper, self.body = lease, keeper, body
         self.beat = Beat(id, stored_key(saga, id))
+        self.fresh()
+
+    def fresh(self) -> None:
+        """As if nothing had been read or written yet."""
         self.at = 0
         self.pending: dict[int, Raw] = {}
         self.steps: dict[int, Step] = {}
@@ -93,6 +97,7 @@ class Book:
 
     def load(self, entries: tuple[bytes, ...]) -> Head:
         """Take in what was written before. `StoreError` for what cannot be read, or is another saga's."""
+        self.fresh()
         head: Head | None = None
         for at, data in enumerate(entries):
             entry = read(data)
@@ -174,11 +179,12 @@ class Book:
         """Write that these steps are about to run, with the results since the last entry, in one commit."""
         entry = Entry(done=self.pending, steps=steps, pivot=pivot, at=self.env.clock.at())
         yield from self._write(entry)
-        for step in steps:
-            self.steps[step.number] = step
         cut, self.cut = self.cut, None
         if cut is not None:
+            # They are announced, and never begin: nobody here has to undo them.
             raise cut
+        for step in steps:
+            self.steps[step.number] = step
 
     def note(self, **fields: Any) -> Generator[Any, Any, None]:
         """Write something else about the saga. A cancel or interrupt does not keep it from that: it is in `cut`."""

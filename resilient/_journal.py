@@ -194,8 +194,12 @@ class CallForm:
             else:
                 self._decoders[parameter.name] = form
 
-    def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Raw, Raw]:
-        """Arguments as JSON. `TypeError` for what would not come back as it went."""
+    def write(self, args: tuple[Any, ...], kwargs: dict[str, Any], **more: Any) -> tuple[Raw, Raw]:
+        """Arguments as JSON. `TypeError` for what would not come back as it went, or does not fit with `more`."""
+        try:
+            self._signature.bind(*args, **kwargs, **more)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}") from None
         parts: list[bytes] = []
         for index, value in enumerate(args):
             parts.append(self._one(self._positional(index), value))
@@ -214,13 +218,10 @@ class CallForm:
                 for index, data in enumerate(positional)
             ]
             made_named = {key: self._form(key)[1](data) for key, data in named.items() if key not in results}
+            made_named |= {place: value for place in results if isinstance(place, str)}
+            self._signature.bind(*made, **made_named)
         except Exception as error:
             raise StoreError(f"the journal has arguments that do not fit {self.name}: {error}") from None
-        for place in results:
-            if isinstance(place, str):
-                made_named[place] = value
-            elif not 0 <= place < len(made):
-                raise StoreError(f"the journal has arguments that do not fit {self.name}: there is no number {place}")
         return made, made_named
 
     def _positional(self, index: int) -> str:
@@ -290,7 +291,13 @@ def undoing(undo: Undo, of: Any = None) -> Undoing:
     else:
         args, kwargs = undo.args, undo.kwargs
         results = ["result"] if takes_result(given) else []
-    written = form.write(args, kwargs)
+        if results:
+            written = form.write(args, kwargs, result=UNKNOWN)
+            return _written(name, written, results, of)
+    return _written(name, form.write(args, kwargs), results, of)
+
+
+def _written(name: str, written: tuple[Raw, Raw], results: list[int | str], of: Any) -> Undoing:
     if not results or of is None or returns(of) in _PLAIN:
         return Undoing(name, *written, results)
     return Undoing(name, *written, results, name_of(of, "the step"))

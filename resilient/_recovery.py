@@ -19,12 +19,12 @@ from resilient._guard import kind_of
 from resilient._journal import called_by
 from resilient._run import Run, task_keeper, thread_keeper
 from resilient._settle import never
-from resilient._takeover import Again, Elsewhere, Ended, Rules, asked, ended, enter
+from resilient._takeover import Again, Elsewhere, Ended, Rules, asked, ended, enter, look
 from resilient.durable import DurableBody, known, undone
 from resilient.errors import InFlight, SagaAborted, SagaError, SagaStuck, StoreError
 from resilient.policy import SYSTEM, Env
 from resilient.saga import Saga
-from resilient.stores._ops import History, Page, Record, Scan
+from resilient.stores._ops import Busy, History, Page, Record, Scan
 
 if TYPE_CHECKING:
     from resilient.retry import Retry
@@ -138,7 +138,8 @@ def _plan(job: Job) -> Program:
     if got is None:
         raise LookupError(f"there is no saga {job.name} with the id {job.id!r}")
     if got[0].state == "running":
-        raise InFlight(job.name, job.id, max(0.0, got[0].mark - job.env.clock.at()))
+        reply = yield from look(book.beat, job.lease)
+        raise InFlight(job.name, job.id, reply.lease_left if type(reply) is Busy else 0.0)
     if got[0].state == "done":
         raise SagaError(f"it has ended already: {ended(got[0].result).saga}", job.name, job.id)
     head = book.load(got[1])

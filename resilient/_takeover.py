@@ -21,8 +21,9 @@ from resilient.stores._ops import Abandon, Acquired, Begin, Busy, Claim, History
 if TYPE_CHECKING:
     from resilient._book import Book
     from resilient._journal import Head
+    from resilient._keeper import Beat
 
-__all__ = ["Again", "Elsewhere", "Ended", "Rules", "asked", "ended", "enter"]
+__all__ = ["Again", "Elsewhere", "Ended", "Rules", "asked", "ended", "enter", "look"]
 
 Again = Literal["", "resume", "compensate"]
 """What a person says of a saga that was left: go on as it was going, or undo it."""
@@ -88,6 +89,7 @@ def enter(book: Book, rules: Rules) -> Program:
     while True:
         got = asked((yield History(beat.stored)))
         if got is None:
+            book.fresh()
             return Outcome(None, None)
         record, entries = got
         if record.state == "done":
@@ -95,11 +97,14 @@ def enter(book: Book, rules: Rules) -> Program:
         if record.state == "running":
             left = nearest(clock) - clock.now() if rules.wait else 0.0
             if left <= 0:
-                return Outcome(None, InFlight(book.saga, book.id, max(0.0, record.mark - clock.at())))
+                reply = yield from look(book.beat, book.lease)
+                if type(reply) is Busy:
+                    return Outcome(None, InFlight(book.saga, book.id, reply.lease_left))
+                continue
             if not watching:
                 # The first wait only begins to watch, and so does the claim that asks to be woken.
                 asked((yield Wait(beat.stored, 0.0)))
-                watching = yield from _awaited(book)
+                watching = type((yield from look(beat, book.lease, awaited=True))) is Busy
             else:
                 asked((yield Wait(beat.stored, min(left, 0.25))))
             continue
@@ -116,7 +121,7 @@ def enter(book: Book, rules: Rules) -> Program:
             continue
         beat.fence, beat.attempt = reply.fence, reply.attempt
         if reply.attempt == 1:
-            # It has just been forgotten: what was begun now is nothing.
+            # It has just been forgotten.
             yield Last(Release(beat.stored, beat.owner, reply.fence))
             continue
         try:
@@ -126,13 +131,13 @@ def enter(book: Book, rules: Rules) -> Program:
             return Outcome(None, error)
 
 
-def _awaited(book: Book) -> Generator[Any, Any, bool]:
-    """Ask to be woken when whoever has the saga is done. Whether somebody still has it."""
-    beat = book.beat
-    reply = asked((yield Claim(beat.stored, beat.owner, book.lease, "", "", False, True)))
+def look(beat: Beat, lease: float, *, awaited: bool = False) -> Generator[Any, Any, Any]:
+    """Who has the saga, as the store sees it; `awaited`: ask to be woken when he is done."""
+    reply = asked((yield Claim(beat.stored, beat.owner, lease, "", "", False, awaited)))
     if type(reply) is Acquired:
+        # It has just been forgotten: what was begun now is nothing.
         yield Last(Release(beat.stored, beat.owner, reply.fence))
-    return type(reply) is Busy
+    return reply
 
 
 def _allowed(book: Book, head: Head, rules: Rules) -> None:

@@ -220,8 +220,6 @@ class DurableBody:
                 book.stop()
 
     async def _arun(self, store: Any, id: str, body: Raw, given: Given, rules: Rules) -> Any:
-        from resilient._aio import sheltered
-
         while True:
             saga = Saga(self.name, id=id, store=store, **self.durable._options)
             env, run = saga.env, AsyncSagaRun(saga)
@@ -235,12 +233,7 @@ class DurableBody:
                 run._book = book
                 if book.failed is not None:
                     program = undone(saga, run, book, guarded)
-                    outcome, came = await sheltered(False, saga.grace, adrive, program, store, env, never, (), {})
-                    if came:
-                        from asyncio import CancelledError
-
-                        raise CancelledError from outcome.error
-                    return outcome.result()
+                    return (await _sheltered(saga, program, None)).result()
                 limit = saga._limited(run)
                 try:
                     try:
@@ -253,13 +246,7 @@ class DurableBody:
                 except BaseException as error:
                     if again_after(book, rules):
                         continue
-                    program = settle(saga, run, error, guarded)
-                    gone = not isinstance(error, Exception)
-                    outcome, came = await sheltered(gone, saga.grace, adrive, program, store, env, never, (), {})
-                    if came:
-                        from asyncio import CancelledError
-
-                        raise CancelledError from error
+                    outcome = await _sheltered(saga, settle(saga, run, error, guarded), error)
                     outcome.reraise(error)
                     raise
                 outcome = await adrive(settle(saga, run, None, guarded, ok), store, env, never, (), {})
@@ -282,6 +269,27 @@ class DurableBody:
             text = f"a step failed, and all that was done is undone: {end.error}"
             raise SagaAborted(text, self.name, id)
         raise SagaError(f"it has ended already: {end.saga}{f' ({end.error})' if end.error else ''}", self.name, id)
+
+
+async def _sheltered(saga: Saga, program: Program, error: BaseException | None) -> Outcome:
+    """Carry out the end of a saga, cancelled or not; a cancel is raised after it."""
+    from resilient._aio import sheltered
+
+    gone = error is not None and not isinstance(error, Exception)
+    try:
+        outcome, came = await sheltered(gone, saga.grace, adrive, program, saga.store, saga.env, never, (), {})
+    except TimeoutError:
+        from asyncio import CancelledError
+
+        last = error if gone and error is not None else CancelledError()
+        last.add_note(f"resilient: undoing {saga.name} ({saga.id}) took longer than its grace: recovery will go on")
+        raise last from (None if last is error else error)
+    if came:
+        from asyncio import CancelledError
+
+        raise CancelledError from (outcome.error if error is None else error)
+    made: Outcome = outcome
+    return made
 
 
 def again_after(book: Book, rules: Rules) -> bool:

@@ -27,7 +27,7 @@ from resilient._takeover import Again, asked, ended
 from resilient.errors import InFlight, SagaError
 from resilient.policy import SYSTEM
 from resilient.stores._open import shared
-from resilient.stores._ops import Acquired, Claim, Finish, History, Record, Release
+from resilient.stores._ops import Acquired, Busy, Claim, Finish, History, Record, Release
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -235,14 +235,14 @@ def _finding(id: str, name: str) -> Program:
 
 def _abandoning(id: str, name: str, why: str) -> Program:
     record, _, raw = yield from _found(id, name)
-    if raw.state == "running":
-        raise InFlight(record.name, id, max(0.0, raw.mark - SYSTEM.clock.at()))
     if raw.state == "done":
         raise SagaError(f"it has ended already: {record.state}", record.name, id)
     beat = Beat(id, raw.key)
     reply = asked((yield Claim(raw.key, beat.owner, 30.0, "", raw.label, True)))
+    if type(reply) is Busy:
+        raise InFlight(record.name, id, reply.lease_left)
     if type(reply) is not Acquired:
-        raise SagaError("another process has just taken it over", record.name, id)
+        raise SagaError("it has just ended", record.name, id)
     if reply.attempt == 1:
         asked((yield Release(raw.key, beat.owner, reply.fence)))
         raise LookupError(f"there is no saga with the id {id!r} any more")

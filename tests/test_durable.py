@@ -1,0 +1,1023 @@
+"""Durable sagas: what is written when, who goes on with it, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from msgspec import Raw
+
+from resilient import (
+    RESULT,
+    DurableSaga,
+    Incompatible,
+    InFlight,
+    Retry,
+    Saga,
+    SagaAborted,
+    SagaError,
+    SagaStuck,
+    StoreError,
+    call,
+    durable,
+    sagas,
+)
+from resilient._ambient import deadline
+from resilient._book import Lost, stored_key
+from resilient.saga import branch
+from resilient.stores import MemoryStore
+from resilient.stores._ops import Begin, Claim, Finish, Forget, Renew
+from tests._proofs import Dead
+from tests._saga_worlds import Spy, alone, entries, orphaned
+
+RETRIES = Retry(Exception, attempts=2, wait=0, name="compensation")
+log: list[Any] = []
+hooks: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    log.clear()
+    hooks.clear()
+    with alone():
+        yield
+
+
+@pytest.fixture
+def spy() -> Spy:
+    return Spy()
+
+
+@dataclass
+class Hold:
+    """What a step returns."""
+
+    sku: str
+    qty: int
+
+
+def step(name: str) -> str:
+    log.append(name)
+    hook = hooks.get(name)
+    if hook is not None:
+        hook()
+    return name.upper()
+
+
+def undo(name: str, result: str = "?") -> None:
+    log.append(f"undo {name} {result}")
+    hook = hooks.get(f"undo {name}")
+    if hook is not None:
+        hook()
+
+
+def hold(sku: str, qty: int) -> Hold:
+    return Hold(sku, qty)
+
+
+def release(held: Hold, *notes: str, **more: int) -> None:
+    log.append(("release", held, notes, more))
+
+
+async def astep(name: str) -> str:
+    return step(name)
+
+
+async def aundo(name: str, result: str = "?") -> None:
+    undo(name, result)
+
+
+def three(saga: Any, order: str) -> str:
+    parts = [saga.step(step, name, compensate=undo) for name in ("a", "b")]
+    parts.append(saga.step(step, "c", compensate=None))
+    return order + "".join(parts)
+
+
+async def athree(saga: Any, order: str) -> str:
+    parts = [await saga.step(astep, name, compensate=aundo) for name in ("a", "b")]
+    parts.append(await saga.step(step, "c", compensate=None))
+    return order + "".join(parts)
+
+
+def made(spy: Any, body: Any = three, **options: Any) -> Any:
+    durable._bodies.pop("order", None)
+    return DurableSaga("order", store=spy, retries=RETRIES, **options)(body)
+
+
+def died(spy: Spy, place: Any, at: str, name: str = "o-1") -> None:
+    """The process dies within step `at`, and its lease runs out."""
+
+    before, after = spy.before, spy.after
+
+    def dead() -> None:
+        spy.before = dead_already
+        raise Dead
+
+    def dead_already(op: Any) -> None:
+        raise Dead
+
+    hooks[at] = dead
+    with pytest.raises(Dead):
+        place("o", id=name) if not place.is_async else asyncio.run(place("o", id=name))
+    del hooks[at]
+    spy.before, spy.after = before, after
+    orphaned(spy)
+    log.clear()
+    spy.ops.clear()
+
+
+def boom() -> None:
+    raise ValueError("boom")
+
+
+def test_n_steps_cost_n_plus_one_commits_and_a_look(spy: Spy) -> None:
+    assert made(spy)("o", id="o-1") == "oABC"
+    assert spy.ops == ["History", "Begin", "Append", "Append", "Finish"]
+    first, second, third = entries(spy, "order", "o-1")
+    assert [one.number for one in first.steps] == [1]
+    assert (list(second.done), [one.number for one in second.steps]) == ([1], [2])
+    assert (list(third.done), [one.number for one in third.steps]) == ([2], [3])
+    assert list(sagas.show(spy, "o-1").end.done) == [3]  # type: ignore[union-attr]
+
+
+def test_a_group_is_one_commit(spy: Spy) -> None:
+    def body(saga: Any) -> None:
+        saga.parallel(branch(step, "a", compensate=undo), branch(step, "b", compensate=None))
+
+    made(spy, body)(id="o-1")
+    assert spy.ops == ["History", "Begin", "Finish"]
+
+
+def test_a_failure_costs_one_commit_each_for_that_and_for_what_is_undone(spy: Spy) -> None:
+    hooks["c"] = boom
+    with pytest.raises(SagaAborted) as caught:
+        made(spy)("o", id="o-1")
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert log == ["a", "b", "c", "undo b B", "undo a A"]
+    assert spy.ops == ["History", "Begin", "Append", "Append", "Append", "Append", "Append", "Finish"]
+
+
+def test_a_second_call_gets_the_result_and_runs_nothing(spy: Spy) -> None:
+    place = made(spy)
+    assert place("o", id="o-1") == place("o", id="o-1") == "oABC"
+    assert log == ["a", "b", "c"]
+    hooks["c"] = boom
+    for _ in range(2):
+        with pytest.raises(SagaAborted):
+            place("o", id="o-2")
+    with pytest.raises(SagaAborted, match="boom"):
+        place("o", id="o-2")
+    del hooks["c"]
+    assert log == ["a", "b", "c", "a", "b", "c", "undo b B", "undo a A"]
+    died(spy, place, "b", name="o-3")
+    sagas.abandon(spy, "o-3", "enough")
+    with pytest.raises(SagaError, match=r"abandoned \(enough\)"):
+        place("o", id="o-3")
+
+
+def test_dbos_ignores_them_other_arguments_with_an_id_are_refused(spy: Spy) -> None:
+    place = made(spy)
+    died(spy, place, "b")
+    with pytest.raises(SagaError, match="with other arguments"):
+        place("another", id="o-1")
+    assert log == []
+    assert place("o", id="o-1") == "oABC"
+
+
+def test_a_dead_process_is_followed_by_another_with_the_same_keys(spy: Spy) -> None:
+    keys: list[str] = []
+
+    def body(saga: Any, order: str) -> str:
+        for name in ("a", "b", "c"):
+            keys.append(saga.step_key)
+            saga.step(step, name, compensate=undo)
+        return order
+
+    place = made(spy, body)
+    died(spy, place, "b")
+    assert place("o", id="o-1") == "o"
+    assert log == ["b", "c"]
+    assert keys == ["order/o-1/1", "order/o-1/2", "order/o-1/1", "order/o-1/2", "order/o-1/3"]
+    assert spy.ops == ["History", "Begin", "History", "Append", "Finish"]
+
+
+def test_an_async_body_is_recovered_too(spy: Spy) -> None:
+    place = made(spy, athree)
+    died(spy, place, "b")
+    assert asyncio.run(place("o", id="o-1")) == "oABC"
+    assert log == ["b", "c"]
+    assert asyncio.run(place("o", id="o-1")) == "oABC"
+
+
+def test_results_come_back_as_what_they_were(spy: Spy) -> None:
+    def body(saga: Any, order: str) -> str:
+        held = saga.step(hold, "A", 2, compensate=call(release, RESULT, "x", "y", n=3))
+        assert held == Hold("A", 2)
+        saga.step(step, "b", compensate=None)
+        return order
+
+    place = made(spy, body)
+    died(spy, place, "b")
+    hooks["b"] = boom
+    with pytest.raises(SagaAborted):
+        place("o", id="o-1")
+    died(spy, place, "b", name="o-2")
+    sagas.compensate(spy, "o-2")
+    assert log == [("release", Hold("A", 2), ("x", "y"), {"n": 3})]
+
+
+# -- several at once -------------------------------------------------------------------------------------------------
+
+
+def test_a_duplicate_waits_for_the_first_and_gets_its_result(spy: Spy) -> None:
+    place, got = made(spy), list[str]()
+    waiting = threading.Event()
+
+    def second() -> None:
+        got.append(place("o", id="o-1"))
+
+    def within() -> None:
+        def seen(op: Any) -> None:
+            if isinstance(op, Claim):
+                waiting.set()
+
+        spy.after = seen
+        thread.start()
+        assert waiting.wait(60)
+
+    thread = threading.Thread(target=second)
+    hooks["b"] = within
+    assert place("o", id="o-1") == "oABC"
+    thread.join()
+    assert got == ["oABC"]
+    assert log == ["a", "b", "c"]
+
+
+def test_a_duplicate_waits_no_longer_than_its_deadline(spy: Spy) -> None:
+    place, got = made(spy), list[BaseException]()
+
+    def within() -> None:
+        with deadline(0.05), pytest.raises(InFlight) as caught:
+            place("o", id="o-1")
+        got.append(caught.value)
+
+    hooks["b"] = within
+    place("o", id="o-1")
+    assert isinstance(got[0], InFlight)
+    assert 0 < got[0].retry_after <= 30  # type: ignore[operator]
+    assert log == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("ends", ["done", "aborted", "dead"])
+@pytest.mark.parametrize("swallows", [False, True])
+def test_who_comes_second_between_the_look_and_the_first_step_has_run_nothing(
+    spy: Spy, ends: str, swallows: bool
+) -> None:
+    def body(saga: Any, order: str) -> str:
+        try:
+            return three(saga, order)
+        except Exception:
+            if swallows:
+                return "swallowed"
+            raise
+
+    place = made(spy, body)
+
+    def first(op: Any) -> None:
+        if isinstance(op, Begin):
+            spy.before = lambda op: None
+            if ends == "dead":
+                died(spy, place, "b")
+            else:
+                if ends == "aborted":
+                    hooks["c"] = boom
+                try:
+                    place("o", id="o-1")
+                except SagaAborted:
+                    assert ends == "aborted"
+
+    spy.before = first
+    if ends == "aborted" and not swallows:
+        with pytest.raises(SagaAborted):
+            place("o", id="o-1")
+    elif ends == "aborted":
+        assert place("o", id="o-1") == "swallowed"
+    else:
+        assert place("o", id="o-1") == "oABC"
+    assert log == {"done": ["a", "b", "c"], "dead": ["b", "c"]}.get(
+        ends, ["a", "b", "c", *([] if swallows else ["undo b B", "undo a A"])]
+    )
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_task_that_comes_second_has_run_nothing(spy: Spy, swallows: bool) -> None:
+    async def body(saga: Any, order: str) -> str:
+        try:
+            return await athree(saga, order)
+        except Exception:
+            if swallows:
+                return "swallowed"
+            raise
+
+    place = made(spy, body)
+
+    async def main() -> None:
+        for one in await asyncio.gather(place("o", id="o-1"), place("o", id="o-1"), place("o", id="o-1")):
+            assert one == "oABC"
+
+    entered: list[str] = []
+
+    def yields(op: Any) -> None:
+        if isinstance(op, Begin) and not entered:
+            entered.append("x")
+            twin = Spy()
+            twin.store = spy.store
+            made(twin, three)("o", id="o-1")
+
+    spy.before = yields
+    asyncio.run(main())
+    assert log == ["a", "b", "c"]
+
+
+def test_what_was_forgotten_between_the_look_and_the_claim_begins_anew(spy: Spy) -> None:
+    place = made(spy)
+    died(spy, place, "b")
+
+    def forget(op: Any) -> None:
+        if isinstance(op, Begin):
+            spy.before = lambda op: None
+            spy.store.execute(Forget(stored_key("order", "o-1")))
+
+    spy.before = forget
+    assert place("o", id="o-1") == "oABC"
+    assert log == ["a", "b", "c"]
+
+
+def test_what_is_forgotten_while_somebody_waits_is_begun_by_him(spy: Spy) -> None:
+    place = made(spy)
+    key = stored_key("order", "o-1")
+    spy.store.execute(Begin(key, "somebody", 30.0, b"{}", '{"saga":"order","id":"o-1"}'))
+
+    def forget(op: Any) -> None:
+        if isinstance(op, Claim):
+            spy.before = lambda op: None
+            spy.clock.advance(31.0)
+            spy.store.execute(Forget(key))
+
+    spy.before = forget
+    assert place("o", id="o-1") == "oABC"
+    assert log == ["a", "b", "c"]
+
+
+# -- the lease -------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_lease_stops_the_old_owner_who_undoes_nothing(spy: Spy) -> None:
+    place = made(spy)
+
+    def stolen() -> None:
+        del hooks["b"]
+        orphaned(spy)
+        assert place("o", id="o-1") == "oABC"
+
+    hooks["b"] = stolen
+    with pytest.raises(Lost):
+        place("o", id="o-1")
+    assert log == ["a", "b", "b", "c"]
+    assert place("o", id="o-1") == "oABC"
+
+
+def test_a_body_that_swallows_the_loss_has_lost_all_the_same(spy: Spy) -> None:
+    def body(saga: Any, order: str) -> str:
+        saga.step(step, "a", compensate=undo)
+        for name in ("b", "c"):
+            try:
+                saga.step(step, name, compensate=undo)
+            except SagaError:
+                log.append("swallowed")
+        return order
+
+    place = made(spy, body)
+
+    def stolen() -> None:
+        del hooks["a"]
+        orphaned(spy)
+        place("o", id="o-1")
+
+    hooks["a"] = stolen
+    with pytest.raises(Lost):
+        place("o", id="o-1")
+    assert log == ["a", "a", "b", "c", "swallowed", "swallowed"]
+
+
+def test_an_old_owner_that_undoes_is_stopped_by_the_fence(spy: Spy) -> None:
+    hooks["c"] = boom
+    place = made(spy)
+
+    def stolen() -> None:
+        del hooks["undo b"]
+        orphaned(spy)
+        sagas.recover(spy, retries=RETRIES)
+
+    hooks["undo b"] = stolen
+    with pytest.raises(Lost) as caught:
+        place("o", id="o-1")
+    assert "recovery will go on" in caught.value.__notes__[0]
+    # The one that was in hand came to its end; no other one was begun.
+    assert log == ["a", "b", "c", "undo b B", "undo b B", "undo a A"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_heartbeats_renew_the_lease_of_a_long_step(is_async: bool) -> None:
+    renewed = threading.Event()
+
+    class Watched(MemoryStore):
+        def execute(self, op: Any) -> Any:
+            answer = super().execute(op)
+            if isinstance(op, Renew):
+                renewed.set()
+            return answer
+
+    store = Watched()
+
+    async def wait(saga: Any, order: str) -> str:
+        await saga.step(apatient, compensate=None)
+        return order
+
+    def wait_here(saga: Any, order: str) -> str:
+        saga.step(patient, compensate=None)
+        return order
+
+    async def until() -> None:
+        while not renewed.is_set():
+            await asyncio.get_running_loop().run_in_executor(None, renewed.wait, 0.01)
+
+    hooks["patient"] = until if is_async else lambda: renewed.wait(60)
+    place = made(store, wait if is_async else wait_here, lease=0.15)
+    assert (asyncio.run(place("o", id="o-1")) if is_async else place("o", id="o-1")) == "o"
+    assert renewed.is_set()
+
+
+def patient() -> None:
+    hooks["patient"]()
+
+
+async def apatient() -> None:
+    await hooks["patient"]()
+
+
+# -- a store that fails ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Begin", "Append", "Finish"])
+@pytest.mark.parametrize("written", [False, True])
+def test_writes_are_insisted_on(spy: Spy, name: str, written: bool) -> None:
+    spy.fail(name, 3, written=written)
+    assert made(spy, lease=0.02)("o", id="o-1") == "oABC"
+    assert spy.ops.count(name) == {"Begin": 4, "Append": 5, "Finish": 4}[name]
+    assert len(entries(spy, "order", "o-1")) == 3
+
+
+def test_a_store_that_stays_away_stops_the_saga_which_undoes_nothing(spy: Spy) -> None:
+    place = made(spy, lease=0.02)
+    spy.fail("Append", 6)
+    with pytest.raises(StoreError, match="away"):
+        place("o", id="o-1")
+    assert log == ["a"]
+    orphaned(spy)
+    assert str(sagas.recover(spy)) == "1 finished, 0 undone, 0 stuck"
+    # The value of the first step was not written any more.
+    assert log == ["a", "a", "b", "c"]
+
+
+def test_a_store_that_goes_away_while_it_is_undone_leaves_the_rest_to_recovery(spy: Spy) -> None:
+    hooks["c"] = boom
+    place = made(spy, lease=0.02)
+    hooks["undo b"] = lambda: spy.fail("Append", 6)
+    with pytest.raises(StoreError):
+        place("o", id="o-1")
+    assert log == ["a", "b", "c", "undo b B"]
+    del hooks["undo b"], hooks["c"]
+    orphaned(spy)
+    report = sagas.recover(spy)
+    assert report.compensated == ["order/o-1"]
+    # larzstate resumes forward here.
+    assert log == ["a", "b", "c", "undo b B", "undo b B", "undo a A"]
+
+
+@pytest.mark.parametrize("op", ["History", "Begin"])
+def test_an_error_of_the_store_at_the_beginning_is_said(spy: Spy, op: str) -> None:
+    place = made(spy)
+    died(spy, place, "b")
+    spy.fail(op, 1)
+    with pytest.raises(StoreError):
+        place("o", id="o-1")
+    spy.before = lambda op: None
+    assert place("o", id="o-1") == "oABC"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_error_under_the_lease_gives_it_back(spy: Spy, written: bool) -> None:
+    place = made(spy)
+    died(spy, place, "b")
+    seen: list[str] = []
+
+    def second(op: Any) -> None:
+        seen.append(type(op).__name__)
+        if seen == ["History", "Begin", "History"]:
+            raise StoreError("the store is away")
+
+    spy.before = second
+    with pytest.raises(StoreError):
+        place("o", id="o-1")
+    assert seen[3:] == ["Abandon"]
+    assert place("o", id="o-1") == "oABC"
+
+
+# -- interrupts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Begin", "Append"])
+@pytest.mark.parametrize("written", [False, True])
+def test_an_interrupt_while_a_step_is_announced_loses_no_entry(spy: Spy, name: str, written: bool) -> None:
+    place = made(spy)
+    spy.fail(name, 1, written=written, error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        place("o", id="o-1")
+    assert log == ([] if name == "Begin" else ["a", "undo a A"])
+    journal = entries(spy, "order", "o-1")
+    assert [one.failed for one in journal if one.failed is not None] == ["KeyboardInterrupt: "]
+    assert [one.undone for one in journal if one.undone] == ([] if name == "Begin" else [[1]])
+    assert sagas.show(spy, "o-1").record.state == "aborted"
+
+
+def test_an_interrupt_at_the_end_is_raised_and_the_saga_is_done(spy: Spy) -> None:
+    spy.fail("Finish", 1, error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        made(spy)("o", id="o-1")
+    assert sagas.show(spy, "o-1").record.state == "done"
+
+
+def test_one_interrupt_after_the_other_cannot_lose_the_journal(spy: Spy) -> None:
+    hooks["b"] = boom
+    place = made(spy)
+
+    def again(op: Any) -> None:
+        if type(op).__name__ == "Append":
+            raise KeyboardInterrupt
+
+    hooks["b"] = lambda: (setattr(spy, "before", again), boom())
+    with pytest.raises(StoreError, match="again and again"):
+        place("o", id="o-1")
+    spy.before = lambda op: None
+    assert log == ["a", "b"]
+    orphaned(spy)
+    hooks["b"] = boom
+    assert sagas.recover(spy).compensated == ["order/o-1"]
+
+
+@pytest.mark.parametrize("at", ["History", "Begin", "Wait"])
+def test_an_interrupt_while_a_saga_is_taken_over_leaves_it(spy: Spy, at: str) -> None:
+    place = made(spy)
+    died(spy, place, "b")
+    spy.fail("Claim" if at == "Wait" else at, 1, written=True, error=KeyboardInterrupt())
+    if at == "Wait":
+        spy.store.execute(Claim(stored_key("order", "o-1"), "x", 30.0, take_over=True, label='{"saga":"order"}'))
+    with pytest.raises(KeyboardInterrupt):
+        place("o", id="o-1")
+    spy.after = lambda op: None
+    assert log == []
+    if at != "Wait":
+        assert place("o", id="o-1") == "oABC"
+
+
+def test_an_interrupt_between_two_tries_of_a_write_is_kept(spy: Spy) -> None:
+    tries: list[str] = []
+
+    def trouble(op: Any) -> None:
+        if type(op).__name__ == "Append" and len(tries) < 2:
+            tries.append("x")
+            raise StoreError("the store is away")
+
+    class Hasty:
+        def sleep(self, seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(spy.clock, name)
+
+    from resilient import Env
+
+    spy.before = trouble
+    with pytest.raises(KeyboardInterrupt):
+        made(spy, env=Env(clock=Hasty()))("o", id="o-1")  # type: ignore[arg-type]
+    assert log == ["a", "undo a A"]
+
+
+def test_a_cancelled_task_undoes_and_stays_cancelled(spy: Spy) -> None:
+    """Temporal's documentation sample does not compensate when it is cancelled in a sleep."""
+
+    async def body(saga: Any, order: str) -> str:
+        await saga.step(astep, "a", compensate=aundo)
+        started.set()
+        await asyncio.Event().wait()
+        return order
+
+    started = asyncio.Event()
+    place = made(spy, body)
+
+    async def main() -> None:
+        task = asyncio.create_task(place("o", id="o-1"))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert log == ["a", "undo a A"]
+    assert sagas.show(spy, "o-1").record.state == "aborted"
+
+
+async def stalled(name: str) -> None:
+    log.append(f"stalled {name}")
+    hooks["stalled"].set()
+    if hooks.get("gate") is not None:
+        await hooks["gate"].wait()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_cancel_while_it_is_undone_is_raised_after_that_or_its_grace(spy: Spy, fails: bool, late: bool) -> None:
+    async def body(saga: Any, order: str) -> str:
+        await saga.step(astep, "a", compensate=call(stalled, "a"))
+        if fails:
+            boom()
+        raise asyncio.CancelledError
+
+    place = made(spy, body, grace=0.01 if late else 30.0)
+
+    async def main() -> None:
+        hooks["stalled"], hooks["gate"] = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(place("o", id="o-1"))
+        await hooks["stalled"].wait()
+        task.cancel()
+        if not late:
+            await asyncio.wait([task], timeout=0)
+            hooks["gate"].set()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert any("grace" in note for note in getattr(caught.value, "__notes__", [])) is late
+
+    asyncio.run(main())
+    assert sagas.show(spy, "o-1").record.state == ("stuck" if late else "aborted")
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_task_goes_on_undoing_and_a_cancel_is_raised_after_it(spy: Spy, cancelled: bool) -> None:
+    async def body(saga: Any, order: str) -> str:
+        await saga.step(astep, "a", compensate=call(stalled, "a"))
+        hooks["b"] = boom
+        await saga.step(step, "b", compensate=None)
+        return order
+
+    place = made(spy, body)
+
+    async def undone() -> None:
+        hooks["stalled"], hooks["gate"] = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(place("o", id="o-1"))
+        await hooks["stalled"].wait()
+        if cancelled:
+            task.cancel()
+            await asyncio.wait([task], timeout=0)
+        hooks["gate"].set()
+        with pytest.raises(asyncio.CancelledError if cancelled else SagaAborted):
+            await task
+
+    def stop(op: Any) -> None:
+        if type(op).__name__ == "Append" and b'"undone"' in op.entry:
+            raise Dead
+
+    async def killed() -> None:
+        hooks["stalled"], hooks["gate"] = asyncio.Event(), None
+        spy.before = stop
+        with pytest.raises(Dead):
+            await place("o", id="o-1")
+        spy.before = lambda op: None
+
+    asyncio.run(killed())
+    orphaned(spy)
+    asyncio.run(undone())
+    assert log == ["a", "b", "stalled a", "stalled a"]
+
+
+def test_a_coroutine_that_is_thrown_away_gives_up_its_lease_in_time(spy: Spy) -> None:
+    async def body(saga: Any, order: str) -> str:
+        await saga.step(astep, "a", compensate=aundo)
+        await asyncio.Event().wait()
+        return order
+
+    place = made(spy, body, lease=0.3)
+
+    async def main() -> None:
+        running = place("o", id="o-1")
+        running.send(None)
+        running.close()
+        from resilient._run import task_keeper
+
+        assert all(not queue.pending for queue in task_keeper(spy, 0.3, place.durable.env)._queues.values())
+
+    asyncio.run(main())
+    assert log == ["a"]
+
+
+# -- bodies that are not the same any more ---------------------------------------------------------------------------
+
+
+def other_name(saga: Any, order: str) -> str:
+    saga.step(astep if False else undo, "a", compensate=undo)
+    return order
+
+
+def other_undo(saga: Any, order: str) -> str:
+    saga.step(step, "a", compensate=None)
+    return order
+
+
+def other_pivot(saga: Any, order: str) -> str:
+    saga.pivot()
+    saga.step(step, "a", compensate=undo)
+    return order
+
+
+def fewer(saga: Any, order: str) -> str:
+    saga.step(step, "a", compensate=undo)
+    return order
+
+
+def swallowing(saga: Any, order: str) -> str:
+    for function in (undo, step, step):
+        try:
+            saga.step(function, "a", compensate=undo)
+        except SagaError:
+            pass
+    return order
+
+
+def other_group(saga: Any, order: str) -> str:
+    saga.parallel(branch(undo, "a", compensate=None), branch(step, "b", compensate=undo))
+    return order
+
+
+@pytest.mark.parametrize("body", [other_name, other_undo, other_pivot, fewer, swallowing, other_group])
+def test_a_body_that_departs_from_its_journal_runs_and_undoes_nothing(spy: Spy, body: Any) -> None:
+    died(spy, made(spy), "c")
+    place = made(spy, body)
+    for _ in range(2):
+        with pytest.raises(Incompatible, match="departs from its journal"):
+            place("o", id="o-1")
+    report = sagas.recover(spy)
+    assert "departs" in report.left["order/o-1"]
+    assert log == []
+    assert sagas.show(spy, "o-1").record.state == "orphaned"
+    assert made(spy)("o", id="o-1") == "oABC"
+    assert log == ["c"]
+
+
+def test_another_version_is_left_alone(spy: Spy) -> None:
+    died(spy, made(spy), "c")
+    place = made(spy, version=2)
+    with pytest.raises(Incompatible, match="version 1, and this is version 2"):
+        place("o", id="o-1")
+    assert list(sagas.recover(spy).left) == ["order/o-1"]
+    assert log == []
+    assert "Abandon" not in spy.ops
+    assert made(spy)("o", id="o-1") == "oABC"
+
+
+def test_a_block_is_no_durable_saga(spy: Spy) -> None:
+    with Saga("order", id="o-1", store=spy) as saga:
+        saga.step(step, "a", compensate=undo)
+    with pytest.raises(SagaError, match="ended already: done"):
+        made(spy)("o", id="o-1")
+    running = Saga("order", id="o-2", store=spy)
+    running.__enter__().step(step, "a", compensate=undo)
+    orphaned(spy)
+    with pytest.raises(Incompatible, match="of a block"):
+        made(spy)("o", id="o-2")
+    running.__exit__(None, None, None)
+
+
+def test_one_that_fails_before_it_is_where_another_was_undoes_that_as_well(spy: Spy) -> None:
+    def body(saga: Any, order: str) -> str:
+        for name in ("a", "b", "c"):
+            if name == "b" and "early" in hooks:
+                raise KeyboardInterrupt
+            saga.step(step, name, compensate=undo)
+        return order
+
+    place = made(spy, body)
+    died(spy, place, "c")
+    hooks["early"] = True
+    with pytest.raises(KeyboardInterrupt):
+        place("o", id="o-1")
+    assert log == ["undo c UNKNOWN", "undo b B", "undo a A"]
+
+
+# -- what is for a person --------------------------------------------------------------------------------------------
+
+
+def test_a_step_in_doubt_may_be_for_a_person(spy: Spy) -> None:
+    place = made(spy, in_doubt="stuck")
+    died(spy, place, "b")
+    for _ in range(2):
+        with pytest.raises(SagaStuck) as caught:
+            place("o", id="o-1")
+        assert "step 2 (tests.test_durable:step) had begun" in str(caught.value.exceptions[0])
+    assert log == []
+    assert sagas.recover(spy) == sagas.Report()
+    assert [one.id for one in sagas.list_sagas(spy, state="stuck")] == ["o-1"]
+    assert sagas.resume(spy, "o-1").state == "done"
+    assert log == ["b", "c"]
+
+
+def test_where_no_step_is_in_doubt_it_goes_on(spy: Spy) -> None:
+    place = made(spy, in_doubt="stuck", lease=0.02)
+    hooks["b"] = lambda: spy.fail("Append", 6)
+    with pytest.raises(StoreError):
+        place("o", id="o-1")
+    orphaned(spy)
+    with pytest.raises(SagaStuck):
+        place("o", id="o-1")
+
+
+def test_what_kills_one_process_after_the_other_is_for_a_person(spy: Spy) -> None:
+    place = made(spy, attempts=2)
+    died(spy, place, "b")
+    died(spy, place, "b")
+    with pytest.raises(SagaStuck) as caught:
+        place("o", id="o-1")
+    assert "2 processes have not finished it" in str(caught.value.exceptions[0])
+    assert log == []
+    # Somebody says so: then it counts anew.
+    hooks["b"] = boom
+    assert sagas.resume(spy, "o-1").state == "aborted"
+
+
+def test_after_its_pivot_a_saga_goes_forward_on_recovery(spy: Spy) -> None:
+    def body(saga: Any, order: str) -> str:
+        saga.step(step, "a", compensate=undo)
+        saga.pivot()
+        saga.step(step, "b")
+        saga.step(step, "c")
+        return order
+
+    place = made(spy, body, attempts=3)
+    hooks["b"] = boom
+    with pytest.raises(ValueError, match="boom") as caught:
+        place("o", id="o-1")
+    assert "recovery will go forward" in caught.value.__notes__[-1]
+    assert list(sagas.recover(spy).left) == ["order/o-1"]
+    del hooks["b"]
+    assert sagas.recover(spy).finished == ["order/o-1"]
+    assert log == ["a", "b", "b", "b", "c"]
+    assert sagas.describe(sagas.show(spy, "o-1"))["pivot"] == 2
+
+
+def test_a_journal_that_is_past_its_pivot_is_never_undone(spy: Spy) -> None:
+    def body(saga: Any, order: str) -> str:
+        if "early" in hooks:
+            boom()
+        saga.pivot()
+        saga.step(step, "a", compensate=undo)
+        saga.step(step, "b")
+        return order
+
+    place = made(spy, body)
+    died(spy, place, "b")
+    hooks["early"] = True
+    with pytest.raises(ValueError, match="boom"):
+        place("o", id="o-1")
+    with pytest.raises(SagaError, match="past its pivot"):
+        sagas.compensate(spy, "o-1")
+    assert log == []
+
+
+def test_an_error_that_is_not_to_be_undone_leaves_it_for_recovery(spy: Spy) -> None:
+    place = made(spy, compensate_on=OSError)
+    hooks["b"] = boom
+    with pytest.raises(ValueError, match="boom"):
+        place("o", id="o-1")
+    assert log == ["a", "b"]
+    del hooks["b"]
+    assert sagas.recover(spy).finished == ["order/o-1"]
+
+
+def test_a_retry_counter_never_leaks_from_a_step_to_its_compensation(spy: Spy) -> None:
+    """MassTransit#4676."""
+    tries = {"b": 0, "undo a": 0}
+
+    def body(saga: Any, order: str) -> None:
+        saga.step(step, "a", compensate=undo)
+        saga.step(step, "b", compensate=undo, retry=Retry(ValueError, attempts=5, wait=0))
+
+    def again(name: str, most: int) -> Any:
+        def fail() -> None:
+            tries[name] = tries.get(name, 0) + 1
+            if tries[name] < most:
+                boom()
+
+        return fail
+
+    hooks["b"] = again("b", 99)
+    hooks["undo b"], hooks["undo a"] = again("undo b", 2), again("undo a", 2)
+    with pytest.raises(SagaAborted):
+        made(spy, body)("o", id="o-1")
+    assert tries == {"b": 5, "undo b": 2, "undo a": 2}
+
+
+def test_the_time_of_the_steps_can_be_limited(spy: Spy) -> None:
+    from resilient import DeadlineExceeded, Env
+
+    place = made(spy, env=Env(clock=spy.clock), timeout=5.0)
+    hooks["b"] = lambda: spy.clock.advance(6.0)
+    with pytest.raises(SagaAborted) as caught:
+        place("o", id="o-1")
+    assert isinstance(caught.value.__cause__, DeadlineExceeded)
+    assert log == ["a", "b", "undo b B", "undo a A"]
+
+
+def test_a_result_that_cannot_be_kept_fails_the_saga(spy: Spy) -> None:
+    def body(saga: Any, order: str) -> object:
+        saga.step(step, "a", compensate=undo)
+        return object()
+
+    with pytest.raises(SagaAborted) as caught:
+        made(spy, body)("o", id="o-1")
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+# -- how it is made --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_a_body_is_refused(spy: Spy) -> None:
+    with pytest.raises(TypeError, match="needs a store, or an engine"):
+        DurableSaga("order")
+    with pytest.raises(TypeError, match="engine must be an engine"):
+        DurableSaga("order", engine=3)
+    with pytest.raises(ValueError, match="in_doubt must be"):
+        DurableSaga("order", store=spy, in_doubt="perhaps")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="attempts"):
+        DurableSaga("order", store=spy, attempts=0)
+
+    async def stream(saga: Any) -> Any:
+        yield 1
+
+    with pytest.raises(TypeError, match="must be a function or a coroutine function"):
+        DurableSaga("order", store=spy)(stream)
+    with pytest.raises(TypeError, match="has no aexecute"):
+        DurableSaga("order", store=type("Plain", (), {"execute": None})())(athree)
+    made(spy)
+    with pytest.raises(ValueError, match="two durable sagas named 'order'"):
+        DurableSaga("order", store=spy)(athree)
+    assert DurableSaga("order", store=spy)(three).name == "order"
+    assert list(durable.known()) == ["order"]
+
+
+def test_an_engine_is_asked_to_bind_the_body(spy: Spy) -> None:
+    class Engine:
+        def bind(self, durable: Any, body: Any) -> Any:
+            return durable.name, body
+
+    assert DurableSaga("order", engine=Engine())(three) == ("order", three)
+
+
+def test_a_body_has_its_own_recovery(spy: Spy) -> None:
+    place = made(spy)
+    died(spy, place, "b")
+    assert place.recover().finished == ["order/o-1"]
+    place = made(spy, athree)
+    died(spy, place, "b", name="o-2")
+    assert asyncio.run(place.arecover()).finished == ["order/o-2"]
+
+
+def test_hostile_input_is_a_clear_error(spy: Spy) -> None:
+    place = made(spy)
+    for bad in (b"{}", b"[[1]", b'[["o", 1], {}]', b'[[], {"nobody": 1}]', b'[["o"], {}, 1]', b"[[3], {}]"):
+        with pytest.raises(StoreError):
+            place.resume(spy, "o-1", Raw(bad))
+    assert spy.ops == []
+
+
+def test_an_end_that_somebody_else_wrote_is_a_clear_error(spy: Spy) -> None:
+    place = made(spy)
+    for number, end in enumerate((b"{}", b'{"v":2,"saga":"done"}', b"\xff", b'{"v":1,"saga":"done"}')):
+        key = stored_key("order", f"o-{number}")
+        reply = spy.store.execute(Claim(key, "x", 30.0, label="x"))
+        spy.store.execute(Finish(key, "x", reply.fence, end, 60.0))
+        with pytest.raises((StoreError, SagaError)):
+            place("o", id=f"o-{number}")
+    assert log == []
