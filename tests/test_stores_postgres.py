@@ -266,9 +266,9 @@ def test_tables_of_an_older_version_are_upgraded(database: str, monkeypatch: pyt
     assert new.execute(Claim("k", "a", 30.0)) == fence
     with psycopg.connect(database) as connection:
         assert connection.execute(f"SELECT extra FROM {name}records".encode()).fetchone() == (None,)
-        assert connection.execute(f"SELECT version FROM {name}version".encode()).fetchall() == [(2,)]
+        assert connection.execute(f"SELECT version FROM {name}version".encode()).fetchall() == [(3,)]
     monkeypatch.undo()
-    with pytest.raises(StoreError, match=r"version 2, made by a newer release; this one knows versions up to 1"):
+    with pytest.raises(StoreError, match=r"version 3, made by a newer release; this one knows versions up to 2"):
         PostgresStore(database, prefix=name).execute(Read("k"))
     old.close()
     new.close()
@@ -291,7 +291,7 @@ def test_a_role_that_may_not_create_tables_can_use_those_that_exist(database: st
     owner.prepare()
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN".encode())
-        connection.execute(f"GRANT ALL ON {name}records, {name}version TO {role}".encode())
+        connection.execute(f"GRANT ALL ON {name}records, {name}entries, {name}version TO {role}".encode())
     guest = PostgresStore(f"{database}&user={role}", prefix=name)
     assert type(guest.execute(Claim("k", "a", 30.0))) is Acquired
     stranger = PostgresStore(f"{database}&user={role}", prefix=prefix())
@@ -309,7 +309,7 @@ def test_tables_that_were_dropped_are_said_to_be_missing_and_made_again(
     store: PostgresStore, user: psycopg.Connection[Any]
 ) -> None:
     store.prepare()
-    user.execute(f"DROP TABLE {store.prefix}records, {store.prefix}version".encode())
+    user.execute(f"DROP TABLE {store.prefix}records, {store.prefix}entries, {store.prefix}version".encode())
     user.commit()
     with pytest.raises(StoreError, match=r"tables .* are missing") as caught:
         store.execute(Claim("k", "a", 30.0))

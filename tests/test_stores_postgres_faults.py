@@ -35,7 +35,8 @@ from resilient.stores import (
     Threaded,
 )
 from resilient.stores._pg_pool import SyncLane, TooBusy
-from resilient.stores._pg_sql import AGAIN, Statement
+from resilient.stores._pg_rows import AGAIN
+from resilient.stores._pg_sql import Statement
 from resilient.stores.postgres import _forked
 from tests._faulty import FaultProxy
 from tests._servers import Postgres, postgres_database

@@ -1,48 +1,45 @@
-"""PostgreSQL as a pure codec: from an operation to one statement, and from its reply to a value.
+"""PostgreSQL as a pure codec: from an operation to one statement; how its reply is read is in `_pg_rows`.
 
 Each statement is one atomic decision by the server's clock. A replay (a result, or a lease that runs) only reads: no
-transaction number, no lock of a row, nothing to flush. Rows that are damaged make `StoreError`, never anything else.
-Replies are read as PostgreSQL's binary format, so that row factories and adapters of the user change nothing. Nothing
-here connects, waits, or imports a driver.
+transaction number, no lock of a row, nothing to flush. Nothing here connects, waits, or imports a driver.
 """
 
 from __future__ import annotations
 
-from math import isnan
-from struct import Struct
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import asdict
 
-from resilient.errors import StoreError
 from resilient.stores._ops import (
     Abandon,
-    Acquired,
     AnyOp,
-    Busy,
+    Append,
+    Begin,
     Claim,
-    Claimed,
-    Completed,
-    Doubtful,
     Finish,
     Forget,
-    Page,
+    History,
     Purge,
     Read,
-    Record,
     Release,
     Renew,
     Scan,
-    State,
+)
+from resilient.stores._pg_rows import (
+    Result,
+    any_row,
+    appended,
+    claimed,
+    history,
+    number_of,
+    one_record,
+    page,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["AGAIN", "MIGRATIONS", "PAYLOAD", "Statement", "statements"]
-
-AGAIN: Any = object()
-"""Another session was quicker, so that the statement saw two different moments: ask again."""
+__all__ = ["MIGRATIONS", "PAYLOAD", "Statement", "statements"]
 
 PAYLOAD = 2000
 """Keys up to this many characters travel in a notification; a longer one wakes everybody."""
@@ -68,6 +65,19 @@ MIGRATIONS = (
     );
     CREATE INDEX {prefix}records_mark ON {prefix}records (mark);
     """,
+    # Entries belong to one life of a key, which `began` names: where another life begins, none of them is its own,
+    # though some may be there still. `entries` says how many there are, so that whoever has none costs no look.
+    """
+    ALTER TABLE {prefix}records ADD COLUMN entries int4 NOT NULL DEFAULT 0;
+    CREATE INDEX {prefix}records_open ON {prefix}records (key) WHERE expires IS NULL;
+    CREATE TABLE {prefix}entries (
+        key text COLLATE "C" NOT NULL,
+        began float8 NOT NULL,
+        at int4 NOT NULL,
+        entry bytea NOT NULL,
+        PRIMARY KEY (key, began, at)
+    );
+    """,
 )
 
 NOW = "date_part('epoch', clock_timestamp())"
@@ -80,36 +90,40 @@ WITH seen AS MATERIALIZED (
         result::bytea, awaited::bool, {NOW} AS now
     FROM {prefix}records WHERE key = %(key)s),
 new AS (
-    INSERT INTO {prefix}records AS r (key, owner, fence, attempt, fingerprint, label, began, mark)
-    SELECT %(key)s, %(owner)s, (now * 1e6)::int8, 1, %(fingerprint)s, %(label)s, now, now + %(lease)s::float8
+    INSERT INTO {prefix}records AS r (key, owner, fence, attempt, fingerprint, label, began, mark, entries)
+    SELECT %(key)s, %(owner)s, (now * 1e6)::int8, 1, %(fingerprint)s, %(label)s, now, now + %(lease)s::float8, {BEGUN}
     FROM (SELECT {NOW} AS now OFFSET 0) AS clock WHERE NOT EXISTS (SELECT FROM seen)
-    ON CONFLICT (key) DO NOTHING RETURNING true AS new, fence, mark)
+    ON CONFLICT (key) DO NOTHING RETURNING true AS new, key, fence, mark, began, entries){FIRST}
 SELECT * FROM seen
 UNION ALL SELECT new, fence, NULL, NULL, NULL, mark, NULL, NULL, NULL, {NOW} FROM new
 """
 
 _TAKE = """
 WITH seen AS MATERIALIZED (
-    SELECT fence, attempt, fingerprint, owner, mark, expires, result, awaited, {NOW} AS now,
+    SELECT fence, attempt, fingerprint, owner, mark, expires, result, awaited, began, entries, {NOW} AS now,
         expires <= {NOW} OR expires IS NULL AND (owner = %(owner)s OR %(take_over)s AND mark <= {NOW}) AS free
     FROM {prefix}records WHERE key = %(key)s),
 new AS (
-    INSERT INTO {prefix}records AS r (key, owner, fence, attempt, fingerprint, label, began, mark)
-    SELECT %(key)s, %(owner)s, (now * 1e6)::int8, 1, %(fingerprint)s, %(label)s, now, now + %(lease)s::float8
+    INSERT INTO {prefix}records AS r (key, owner, fence, attempt, fingerprint, label, began, mark, entries)
+    SELECT %(key)s, %(owner)s, (now * 1e6)::int8, 1, %(fingerprint)s, %(label)s, now, now + %(lease)s::float8, {BEGUN}
     FROM (SELECT {NOW} AS now OFFSET 0) AS clock WHERE NOT EXISTS (SELECT FROM seen WHERE free IS NOT TRUE)
     ON CONFLICT (key) DO UPDATE SET
         owner = EXCLUDED.owner,
         fence = CASE WHEN {SAME} THEN r.fence ELSE greatest(r.fence + 1, EXCLUDED.fence) END,
         attempt = CASE WHEN r.expires IS NOT NULL THEN 1 WHEN {SAME} THEN r.attempt ELSE r.attempt + 1 END,
         fingerprint = CASE WHEN {SAME} THEN r.fingerprint ELSE EXCLUDED.fingerprint END,
-        label = CASE WHEN {SAME} THEN r.label ELSE EXCLUDED.label END,
-        began = CASE WHEN {SAME} THEN r.began ELSE {NOW} END,
+        label = CASE WHEN {SAME} OR r.expires IS NULL AND EXCLUDED.label = '' THEN r.label ELSE EXCLUDED.label END,
+        began = CASE WHEN r.expires IS NULL THEN r.began ELSE {NOW} END,
+        entries = CASE WHEN r.expires IS NULL THEN greatest(r.entries, {BEGUN}) ELSE {BEGUN} END,
         mark = {NOW} + %(lease)s::float8,
         awaited = r.awaited AND {SAME},
         expires = NULL,
         result = NULL
     WHERE r.expires <= {NOW} OR r.expires IS NULL AND (r.owner = %(owner)s OR %(take_over)s AND r.mark <= {NOW})
-    RETURNING r.fence, r.attempt, r.mark),
+    RETURNING r.key, r.fence, r.attempt, r.mark, r.began, r.entries){FIRST},
+old AS (
+    DELETE FROM {prefix}entries AS e USING seen
+    WHERE seen.entries > 0 AND seen.expires <= seen.now AND e.key = %(key)s AND e.began = seen.began),
 heard AS (
     UPDATE {prefix}records AS r SET awaited = true FROM seen
     WHERE %(awaited)s AND r.key = %(key)s AND seen.free IS NOT TRUE AND seen.awaited IS NOT TRUE
@@ -120,6 +134,13 @@ SELECT true AS new, fence::int8, attempt::int8, NULL::text, NULL::text, mark::fl
 UNION ALL SELECT false, fence::int8, attempt::int8, fingerprint::text, owner::text, mark::float8, expires::float8,
     result::bytea, awaited OR EXISTS (SELECT FROM heard), now
 FROM seen WHERE NOT EXISTS (SELECT FROM new)
+"""
+
+# Where a claim begins a journal: the number of entries, and the first one, unless there is one.
+_FIRST = """,
+first AS (
+    INSERT INTO {prefix}entries (key, began, at, entry)
+    SELECT key, began, 0, %(entry)s::bytea FROM new WHERE entries = 1 ON CONFLICT DO NOTHING)
 """
 
 _MINE = "r.key = %(key)s AND r.owner = %(owner)s AND (r.fence = %(fence)s::int8 OR %(fence)s::int8 = 0)"
@@ -140,7 +161,32 @@ UPDATE {prefix}records AS r SET
 WHERE {MINE} RETURNING {BELL}
 """
 
-_RELEASE = "DELETE FROM {prefix}records AS r WHERE {MINE} AND r.expires IS NULL RETURNING {BELL}"
+# The row is locked first, and judged as it is then: whoever takes the key over comes before that, or after. Where it
+# is locked for long, an entry of the same moment may stay behind a delete; no other life of the key sees it.
+_APPEND = """
+WITH mine AS (
+    UPDATE {prefix}records AS r SET
+        mark = CASE WHEN r.entries < %(at)s::int4 THEN r.mark ELSE {NOW} + %(lease)s::float8 END,
+        label = CASE WHEN r.entries < %(at)s::int4 OR %(label)s = '' THEN r.label ELSE %(label)s END,
+        entries = CASE WHEN r.entries = %(at)s::int4 THEN r.entries + 1 ELSE r.entries END
+    WHERE {MINE} AND r.expires IS NULL
+    RETURNING r.key, r.began, r.entries),
+added AS (
+    INSERT INTO {prefix}entries (key, began, at, entry)
+    SELECT key, began, %(at)s::int4, %(entry)s::bytea FROM mine WHERE entries = %(at)s::int4 + 1
+    ON CONFLICT DO NOTHING)
+SELECT entries::int8 FROM mine
+"""
+
+_WITH_ENTRIES = """,
+entries AS (DELETE FROM {prefix}entries AS e WHERE e.key = ANY (ARRAY(SELECT key FROM gone WHERE entries > 0)))
+"""
+
+_RELEASE = """
+WITH gone AS (DELETE FROM {prefix}records AS r WHERE {MINE} AND r.expires IS NULL
+    RETURNING r.key, r.entries, {BELL} AS bell){WITH_ENTRIES}
+SELECT bell FROM gone
+"""
 
 _ABANDON = """
 UPDATE {prefix}records AS r SET mark = least(r.mark, {NOW}) WHERE {MINE} AND r.expires IS NULL RETURNING {BELL}
@@ -154,13 +200,27 @@ WITH clock AS MATERIALIZED (SELECT {NOW} AS now)
 SELECT {ROW} FROM {prefix}records AS r, clock WHERE r.key = %(key)s AND (r.expires IS NULL OR r.expires > now)
 """
 
-# Looks at some records only, so that a rare text does not make one statement read the whole table.
+_HISTORY = """
+WITH clock AS MATERIALIZED (SELECT {NOW} AS now)
+SELECT {ROW}, r.entries::int8, (
+    SELECT array_agg(e.entry::bytea ORDER BY e.at) FROM {prefix}entries AS e WHERE e.key = r.key AND e.began = r.began)
+FROM {prefix}records AS r, clock WHERE r.key = %(key)s AND (r.expires IS NULL OR r.expires > now)
+"""
+
+# Looks at some records only, so that a rare text does not make one statement read the whole table; and at those that
+# are finished only where these are wanted, since there may be millions.
 _SCAN = """
 WITH clock AS MATERIALIZED (SELECT {NOW} AS now),
 part AS MATERIALIZED (
-    SELECT key, label, expires FROM {prefix}records WHERE key > %(after)s ORDER BY key LIMIT %(look)s::int8),
+    (SELECT key, label, expires, mark FROM {prefix}records
+        WHERE %(state)s::text IN ('', 'done') AND key > %(after)s ORDER BY key LIMIT %(look)s::int8)
+    UNION ALL (SELECT key, label, expires, mark FROM {prefix}records
+        WHERE %(state)s::text NOT IN ('', 'done') AND expires IS NULL AND key > %(after)s
+        ORDER BY key LIMIT %(look)s::int8)),
 hits AS MATERIALIZED (
     SELECT key FROM part, clock WHERE strpos(label, %(text)s) > 0 AND (expires IS NULL OR expires > now)
+        AND %(state)s::text IN (
+            '', CASE WHEN expires IS NOT NULL THEN 'done' WHEN mark > now THEN 'running' ELSE 'in doubt' END)
     ORDER BY key LIMIT %(limit)s::int8)
 SELECT {ROW}, CASE WHEN (SELECT count(*) FROM part) = %(look)s::int8 THEN (SELECT max(key) FROM part) END::text
 FROM clock LEFT JOIN hits ON true LEFT JOIN {prefix}records AS r ON r.key = hits.key ORDER BY hits.key
@@ -171,22 +231,16 @@ WITH old AS MATERIALIZED (
     SELECT key FROM {prefix}records
     WHERE mark <= (SELECT {NOW} - greatest(%(older_than)s::float8, 0))
     ORDER BY mark LIMIT %(batch)s::int8 FOR UPDATE SKIP LOCKED),
-gone AS (DELETE FROM {prefix}records AS r USING old WHERE r.key = old.key RETURNING true)
+gone AS (DELETE FROM {prefix}records AS r USING old WHERE r.key = old.key RETURNING r.key, r.entries){WITH_ENTRIES}
 SELECT count(*)::int8 FROM gone
 """
 
 _FORGET = """
-DELETE FROM {prefix}records AS r WHERE r.key = %(key)s AND (r.expires IS NOT NULL OR r.mark <= {NOW}) RETURNING true
+WITH gone AS (
+    DELETE FROM {prefix}records AS r WHERE r.key = %(key)s AND (r.expires IS NOT NULL OR r.mark <= {NOW})
+    RETURNING r.key, r.entries){WITH_ENTRIES}
+SELECT true FROM gone
 """
-
-
-class Result(Protocol):
-    """What is used of psycopg's `PGresult`."""
-
-    @property
-    def ntuples(self) -> int: ...
-
-    def get_value(self, row_number: int, column_number: int) -> bytes | None: ...
 
 
 class Statement:
@@ -215,6 +269,7 @@ class Statement:
 def statements(prefix: str) -> dict[type[AnyOp], Statement]:
     """One statement for each kind of operation, on the tables with that prefix."""
     parts = {
+        "{WITH_ENTRIES}": _WITH_ENTRIES,
         "{SAME}": "(r.expires IS NULL AND r.owner = EXCLUDED.owner)",
         "{MINE}": _MINE,
         "{BELL}": _BELL,
@@ -224,135 +279,31 @@ def statements(prefix: str) -> dict[type[AnyOp], Statement]:
         "{prefix}": prefix,
     }
 
-    def sql(text: str) -> str:
-        for name, value in parts.items():
+    def sql(text: str, begun: str = "0", first: str = "") -> str:
+        for name, value in ({"{FIRST}": first, "{BEGUN}": begun} | parts).items():
             text = text.replace(name, value)
         return " ".join(text.split())
 
+    take = Statement(sql(_TAKE, "1", _FIRST), claimed, values=_begin)
     return {
-        Claim: Statement(sql(_CLAIM), _claimed, then=Statement(sql(_TAKE), _claimed)),
-        Renew: Statement(sql(_RENEW), _any),
-        Finish: Statement(sql(_FINISH), _any),
-        Release: Statement(sql(_RELEASE), _any, blind=True),
-        Abandon: Statement(sql(_ABANDON), _any),
-        Read: Statement(sql(_READ), _read, writes=False),
-        Scan: Statement(sql(_SCAN), _page, values=_scan, writes=False),
-        Purge: Statement(sql(_PURGE), _count, blind=True),
-        Forget: Statement(sql(_FORGET), _any, blind=True),
+        Claim: Statement(sql(_CLAIM), claimed, then=Statement(sql(_TAKE), claimed)),
+        Begin: Statement(sql(_CLAIM, "1", _FIRST), claimed, values=_begin, then=take),
+        Append: Statement(sql(_APPEND), appended),
+        Renew: Statement(sql(_RENEW), any_row),
+        Finish: Statement(sql(_FINISH), any_row),
+        Release: Statement(sql(_RELEASE), any_row, blind=True),
+        Abandon: Statement(sql(_ABANDON), any_row),
+        Read: Statement(sql(_READ), one_record, writes=False),
+        History: Statement(sql(_HISTORY), history, writes=False),
+        Scan: Statement(sql(_SCAN), page, values=_scan, writes=False),
+        Purge: Statement(sql(_PURGE), number_of, blind=True),
+        Forget: Statement(sql(_FORGET), any_row, blind=True),
     }
 
 
 def _scan(op: Scan) -> dict[str, Any]:
-    return {"after": op.after, "limit": op.limit, "text": op.text, "look": max(op.limit, LOOK)}
+    return asdict(op) | {"look": max(op.limit, LOOK)}
 
 
-# -- replies ---------------------------------------------------------------------------------------------------------
-
-_INT = Struct("!q").unpack
-_FLOAT = Struct("!d").unpack
-
-
-def _claimed(result: Result, op: Claim, coding: str) -> Claimed:
-    if not result.ntuples:
-        return cast(Claimed, AGAIN)  # Somebody took it in the same moment.
-    get, key = result.get_value, op.key
-    fence = _whole(get(0, 1), key, "fence")
-    if get(0, 0) == b"\1":
-        waited = op.lease + _number(get(0, 9), key, "time") - _number(get(0, 5), key, "mark")
-        if waited > 0.01 and waited > 0.1 * op.lease:
-            return cast(Claimed, AGAIN)  # It waited for somebody's transaction to end: the lease must start anew.
-        attempt = get(0, 2)
-        return Acquired(fence, 1 if attempt is None else _whole(attempt, key, "attempt"))
-    attempts, fingerprint = _whole(get(0, 2), key, "attempt"), _text(get(0, 3), key, "fingerprint", coding)
-    now, expires = _number(get(0, 9), key, "time"), get(0, 6)
-    if expires is not None:
-        if _number(expires, key, "expires") <= now:
-            return cast(Claimed, AGAIN)
-        return Completed(fence, attempts, fingerprint, _bytes(get(0, 7), key))
-    ahead = _number(get(0, 5), key, "mark") - now
-    if _text(get(0, 4), key, "owner", coding) == op.owner:
-        return cast(Claimed, AGAIN)
-    if ahead > 0:
-        if op.awaited and get(0, 8) != b"\1":
-            return cast(Claimed, AGAIN)  # Whoever holds it must learn that somebody waits, or has just ended.
-        return Busy(fence, attempts, fingerprint, ahead)
-    return cast(Claimed, AGAIN) if op.take_over else Doubtful(fence, attempts, fingerprint, -ahead)
-
-
-def _any(result: Result, op: AnyOp, coding: str) -> bool:
-    return result.ntuples > 0
-
-
-def _count(result: Result, op: Purge, coding: str) -> int:
-    number: int = _INT(result.get_value(0, 0) or b"")[0]
-    return number
-
-
-def _read(result: Result, op: Read, coding: str) -> Record | None:
-    return _record(result, 0, coding) if result.ntuples else None
-
-
-def _page(result: Result, op: Scan, coding: str) -> Page:
-    records = tuple(
-        _record(result, row, coding) for row in range(result.ntuples) if result.get_value(row, 0) is not None
-    )
-    if len(records) >= op.limit:
-        return Page(records, records[-1].key)
-    after = result.get_value(0, 11)
-    return Page(records, "" if after is None else after.decode(coding))
-
-
-def _record(result: Result, row: int, coding: str) -> Record:
-    def get(column: int) -> bytes | None:
-        return result.get_value(row, column)
-
-    key = _text(get(0), "?", "key", coding)
-    expires = get(8)
-    mark, now = _number(get(7), key, "mark"), _number(get(10), key, "now")
-    state: State = "done" if expires is not None else "running" if mark > now else "in doubt"
-    return Record(
-        key=key,
-        state=state,
-        owner=_text(get(1), key, "owner", coding),
-        fence=_whole(get(2), key, "fence"),
-        attempt=_whole(get(3), key, "attempt"),
-        fingerprint=_text(get(4), key, "fingerprint", coding),
-        label=_text(get(5), key, "label", coding),
-        began_at=_number(get(6), key, "began"),
-        mark=mark,
-        expires_at=None if expires is None else _number(expires, key, "expires"),
-        result=None if expires is None else _bytes(get(9), key),
-    )
-
-
-def _whole(value: bytes | None, key: str, column: str) -> int:
-    number: int = 0 if value is None else _INT(value)[0]
-    if number < 1:
-        raise _damaged(key, f"{column} {None if value is None else number}")
-    return number
-
-
-def _number(value: bytes | None, key: str, column: str) -> float:
-    number: float = float("nan") if value is None else _FLOAT(value)[0]
-    if isnan(number):
-        raise _damaged(key, f"{column} {None if value is None else number}")
-    return number
-
-
-def _text(value: bytes | None, key: str, column: str, coding: str) -> str:
-    if value is None:
-        raise _damaged(key, f"{column} None")
-    try:
-        return value.decode(coding)
-    except UnicodeDecodeError:
-        raise _damaged(key, f"a {column} that is not {coding}") from None
-
-
-def _bytes(value: bytes | None, key: str) -> bytes:
-    if value is None:
-        raise _damaged(key, "no result, though it is finished")
-    return value
-
-
-def _damaged(key: str, what: str) -> StoreError:
-    return StoreError(f"the record {key!r} is damaged: it has {what}")
+def _begin(op: Begin) -> dict[str, Any]:
+    return asdict(op) | {"fingerprint": "", "awaited": False}

@@ -23,7 +23,8 @@ from resilient.clock import SystemClock, in_trio
 from resilient.errors import StoreError
 from resilient.policy import seconds, whole
 from resilient.stores._ops import AnyOp, Op, Read
-from resilient.stores._pg_sql import AGAIN, MIGRATIONS, Statement, statements
+from resilient.stores._pg_rows import AGAIN
+from resilient.stores._pg_sql import MIGRATIONS, Statement, statements
 
 try:
     import psycopg
@@ -31,7 +32,7 @@ except ImportError as exc:
     raise ImportError("PostgresStore needs psycopg 3: pip install 'resilient-kit[postgres]'") from exc
 
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.errors import UndefinedTable
+from psycopg.errors import UndefinedColumn, UndefinedTable
 from psycopg.rows import tuple_row
 
 from resilient.stores._pg_bell import Ear
@@ -64,7 +65,7 @@ _GONE = ("08", "57P")
 
 
 class PostgresStore:
-    """Records in the tables `<prefix>records` and `<prefix>version` of a PostgreSQL database (12 or newer).
+    """Records in the tables `<prefix>records`, `…entries` and `…version` of a PostgreSQL database (12 or newer).
 
     `database` is a conninfo string or URL, of which the store keeps up to `pool_size` connections for threads and as
     many for each event loop; or a pool of your own: a `psycopg_pool.ConnectionPool` serves threads only, an
@@ -209,7 +210,7 @@ class PostgresStore:
         for _ in range(_ROUNDS):
             try:
                 cursor.execute(statement.sql, statement.values(op), binary=True)
-            except UndefinedTable as exc:
+            except (UndefinedTable, UndefinedColumn) as exc:
                 raise self._missing(exc) from exc
             answer = statement.decode(cast(Any, cursor.pgresult), op, connection.info.encoding)
             if answer is not AGAIN:
@@ -223,7 +224,7 @@ class PostgresStore:
         for _ in range(_ROUNDS):
             try:
                 await cursor.execute(statement.sql, statement.values(op), binary=True)
-            except UndefinedTable as exc:
+            except (UndefinedTable, UndefinedColumn) as exc:
                 raise self._missing(exc) from exc
             answer = statement.decode(cast(Any, cursor.pgresult), op, connection.info.encoding)
             if answer is not AGAIN:
@@ -366,7 +367,8 @@ class PostgresStore:
     def _missing(self, exc: psycopg.Error) -> StoreError:
         self._ready = False
         return StoreError(
-            f"the tables {self.prefix}… are missing in the database of this connection, or not on its search_path: "
+            f"the tables {self.prefix}… are missing in the database of this connection, or not on its search_path, or "
+            f"older than this release: "
             f"{_text(exc)}"
         )
 
@@ -378,7 +380,7 @@ class PostgresStore:
         state = exc.sqlstate
         if state in _REPEAT:
             return lost
-        if isinstance(exc, UndefinedTable):
+        if isinstance(exc, UndefinedTable | UndefinedColumn):
             raise self._missing(exc) from exc
         if isinstance(exc, psycopg.OperationalError | psycopg.InterfaceError) and (
             state is None or state.startswith(_GONE)
