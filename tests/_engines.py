@@ -1,7 +1,8 @@
 """One saga body that runs programs, on every engine; the servers of the engines; and the ledger that they all keep.
 
-A program is data: steps that succeed, fail, flake or hang, with and without compensations, in groups, nested, before and
-after a pivot. Steps and compensations write in the ledger of their saga; engines that run it the same leave the same.
+A program is data: steps that succeed, fail, flake or hang, with and without compensations, in groups, nested, before
+and after a pivot. Steps and compensations write in the ledger of their saga; engines that run it the same leave
+the same.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from typing import Any
 
 from resilient import DurableSaga, Retry, SagaAborted, SagaError, SagaStuck
 from resilient.engines import DBOSEngine, LocalEngine, TemporalEngine
+from resilient.policy import SYSTEM
 from resilient.saga import RESULT, branch, call
 from resilient.stores.memory import MemoryStore
 
 LEDGERS: defaultdict[str, list[Any]] = defaultdict(list)
 BLOCKED: defaultdict[str, Future[None]] = defaultdict(Future)
-BEGUN: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
 
 class Declined(Exception):
@@ -74,7 +75,7 @@ async def act_beside(run: str, name: str, how: str, others: int) -> str:
     ledger.append(("did", name))
     if how == "fail":
         while sum(1 for what, one in ledger if what == "did" and one.startswith(f"{group}.")) <= others:
-            await asyncio.wait([asyncio.ensure_future(BEGUN[run].wait())], timeout=0.005)
+            await SYSTEM.clock.asleep(0.005)
         raise Declined(name)
     return f"<{name}>"
 
@@ -199,10 +200,6 @@ class Place:
     client: Any = None
 
 
-async def _connect() -> Any:
-    return Place.client
-
-
 TEMPORAL = TemporalEngine(lambda: Place.client, task_queue="sagas", step_timeout=30.0, heartbeat=0.3)
 DBOS_ENGINE = DBOSEngine(patience=0.2)
 
@@ -245,6 +242,21 @@ def let_go() -> None:
     """Let Temporal's threads drop what they hold of Python: at the interpreter's end, that can abort it (PyO3)."""
     gc.collect()
     threading.Event().wait(0.3)
+
+
+def serve(runner: asyncio.Runner, *sagas: Any, dev: bool = False, **options: Any) -> Iterator[Any]:
+    """A Temporal server, and a worker for these sagas. To be yielded from by a fixture."""
+    server = temporal(dev)
+    environment = runner.run(server.__aenter__())
+    worker = TEMPORAL.worker(environment.client, *sagas, **options)
+    runner.run(worker.__aenter__())
+    try:
+        yield environment
+    finally:
+        runner.run(worker.__aexit__(None, None, None))
+        runner.run(server.__aexit__(None, None, None))
+        del worker, environment, server
+        let_go()
 
 
 @contextmanager

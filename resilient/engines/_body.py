@@ -17,14 +17,14 @@ from msgspec import UNSET, Raw, Struct
 from resilient._drive import adrive, drive
 from resilient._journal import CallForm, call_form, name_of, undoing
 from resilient._journal import result_form as form_of_result
-from resilient._parallel import in_tasks
+from resilient._parallel import Nested, in_tasks
 from resilient._run import MISSING, Run
 from resilient._settle import NOTHING, apply_async, apply_sync, default_retry, never, settle
 from resilient._undo import Compensation, Undo, backwards
 from resilient.engines._wire import Order, Told, tell
 from resilient.errors import SagaError, SagaStuck
 from resilient.policy import Env
-from resilient.saga import AsyncSagaRun, Nested, Saga, SagaRun
+from resilient.saga import AsyncSagaRun, Saga, SagaRun
 
 if TYPE_CHECKING:
     from resilient.durable import DurableSaga
@@ -44,12 +44,8 @@ class Answer(Struct, eq=False):
 class _Whole(Nested):
     """A nested saga where a failure inside is a failure of the whole, as it is with a journal."""
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        mine = self._leave()
-        self._run._stack.append(mine)
-
-    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.__exit__(kind, error, trace)
+    def _alone(self, error: BaseException) -> bool:
+        return False
 
 
 class _Orders(Run):
@@ -194,7 +190,14 @@ class AsyncRun(_Orders, AsyncSagaRun):
                 (undo, functools.partial(self._branch, undo, function, self._order(undo, function, None, None)))
             )
         self._grouped(made)
-        self._first(await in_tasks(self, sent))
+        self._active = made[0][0].number
+        try:
+            self._first(await in_tasks(self, sent))
+        except BaseException as error:
+            self._failed = error
+            raise
+        finally:
+            self._active = 0
         return [undo.value for undo, _ in made]
 
     async def _branch(self, undo: Undo, function: Any, order: Order, /, *_: Any, **__: Any) -> Any:
