@@ -1917,6 +1917,7 @@ def test_a_lambda_that_turns_out_to_be_async_over_a_store_that_is_not_leaves_not
     async def charge(key: str) -> str:
         return key
 
-    call: Fn = Idempotent(Plain(), key="key")(cast(Any, lambda key: charge(key)))
+    turning: Fn = lambda key: charge(key)  # noqa: E731
+    call = Idempotent(Plain(), key="key")(turning)
     with pytest.raises(TypeError, match="serves plain functions only"):
         call("k")
