@@ -8,7 +8,7 @@ everything, and a test can stop it before each step. Costs some hundred nanoseco
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msgspec import Struct
 
@@ -142,9 +142,10 @@ def drive(program: Program, store: Any, env: Env, call: Call, args: Any, kwargs:
             except StopIteration as stop:
                 outcome: Outcome = stop.value
                 return outcome
-            kind = cast(Any, type(step))
+            kind: Any = step.__class__
             if kind is Outcome:
-                return cast(Outcome, step)
+                ended: Outcome = step
+                return ended
             try:
                 if kind is Run:
                     try:
@@ -199,9 +200,10 @@ async def adrive(program: Program, store: Any, env: Env, call: Call, args: Any, 
             except StopIteration as stop:
                 outcome: Outcome = stop.value
                 return outcome
-            kind = cast(Any, type(step))
+            kind: Any = step.__class__
             if kind is Outcome:
-                return cast(Outcome, step)
+                ended: Outcome = step
+                return ended
             try:
                 if kind is Run:
                     try:

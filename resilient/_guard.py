@@ -180,7 +180,6 @@ def _compile(made: Guarded, kind: Kind, call: Call) -> list[Call]:
         if hasattr(one, "mark") and hasattr(one, kind):
             call = one.mark(call, kind)
             shells.append(call)
-            break
     for policy, maker in zip(reversed(chain), reversed(fitted), strict=True):
         shell: Callable[[Call, Env], Call] | None = getattr(maker, kind, None)
         if shell is None:
@@ -260,7 +259,12 @@ def _adaptive(made: Guarded) -> Call:
         except _Turned as turned:
             kind = turned.kind
             made_already = [turned.value]
-        settled = _compile(made, kind, target)[-1]
+        try:
+            settled = _compile(made, kind, target)[-1]
+        except BaseException:
+            if kind == "coro":
+                made_already.pop().close()
+            raise
 
         def again(*args: Any, **kwargs: Any) -> Any:
             return made_already.pop() if made_already else target(*args, **kwargs)

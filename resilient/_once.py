@@ -16,7 +16,7 @@ from resilient._binding import digest
 from resilient._drive import RUN, Ask, Cut, Last, Outcome, Program, Settle, Sleep, Wait
 from resilient._guard import _Turned
 from resilient._keeper import Beat
-from resilient.errors import InDoubt, InFlight, KeyReused, StoreError
+from resilient.errors import IdempotencyError, InDoubt, InFlight, KeyReused, Rejected, StoreError
 from resilient.stores._ops import Abandon, Acquired, Busy, Claim, Completed, Doubtful, Finish, Release
 
 if TYPE_CHECKING:
@@ -183,13 +183,15 @@ def once(
     unknown = isinstance(error, InDoubt) or (not isinstance(error, Exception) if hold.open is None else bool(hold.open))
     if type(error) is _Turned:
         unknown = False
-    if not unknown and isinstance(error, remember):
+    if not unknown and isinstance(error, remember) and not isinstance(error, _NO_RESULTS):
         yield from _finish(how, env, hold, form.keep_error(error), outcome, late)
         return outcome
     cut = yield from (_abandon if unknown else _release)(how, env, hold, error, late)
     return outcome if cut is None else Outcome(None, cut)
 
 
+# Whoever remembers every Exception does not mean these: they say that nothing was asked, or nothing is known.
+_NO_RESULTS = (IdempotencyError, Rejected, StoreError)
 _KNOWN = (Completed, Busy, Doubtful)
 
 

@@ -16,7 +16,7 @@ from resilient._binding import Fingerprint, Key, Scope, binder, check_settings, 
 from resilient._codec import Codec, Form, Json, form_of
 from resilient._drive import Program, adrive, drive
 from resilient._guard import faces, kind_of
-from resilient._keeper import TaskKeeper, ThreadKeeper, new_owner
+from resilient._keeper import TaskKeeper, ThreadKeeper
 from resilient._once import RERUN, Hold, Tally, current, lost, once, was_replayed
 from resilient.errors import InDoubt, StoreError
 from resilient.policy import Policy, seconds, whole
@@ -327,7 +327,7 @@ class Fitted:
             stored, label = hasher(scope, key)
             if form is None:
                 form = _late(policy, self._target)
-            hold = Hold(key, stored, new_owner())
+            hold = Hold(key, stored)
             if marked:
                 hold.open, hold.home = set(), self
             return once(how, form, remember, None, store, keeper, env, hold, print_, label)

@@ -131,7 +131,7 @@ class Load:
         for worker in workers:
             worker.join()
         self.store.store.close()
-        assert strikes > 3
+        assert strikes > 0  # how many more depends on how long each takes
 
     def _reached(self, aim: int) -> bool:
         return self.calls >= aim

@@ -6,9 +6,9 @@ anything with other processes, or outlive this one. About a microsecond an opera
 
 from __future__ import annotations
 
-import heapq
 import threading
-from typing import TYPE_CHECKING, TypeVar, cast
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -77,7 +77,7 @@ class MemoryStore:
         self._ends: list[tuple[float, str]] = []
         self._fence = 0
         self._bells = Bells()
-        self._how: dict[type[AnyOp], Callable[..., object]] = {
+        self._how: dict[type[AnyOp], Callable[..., Any]] = {
             Claim: self._claim,
             Begin: self._begin,
             Append: self._append,
@@ -103,8 +103,8 @@ class MemoryStore:
     def execute(self, op: Op[R], /) -> R:
         """Carry out `op`."""
         with self._lock:
-            answer = self._how[type(op)](op, self._at())
-        return cast(R, answer)
+            answer: R = self._how[type(op)](op, self._at())
+            return answer
 
     async def aexecute(self, op: Op[R], /) -> R:
         """Carry out `op`; nothing is awaited."""
@@ -193,9 +193,11 @@ class MemoryStore:
         if row is None:
             return False
         if row.result is None:
-            row.result, row.mark, row.expires = op.result, now, now + op.ttl
-            heapq.heappush(self._ends, (row.expires, op.key))
-            self._end(op.key, row)
+            row.result, row.mark = op.result, now
+            row.expires = expires = now + op.ttl
+            heappush(self._ends, (expires, op.key))
+            if row.awaited:
+                self._end(op.key, row)
         return True
 
     def _release(self, op: Release, now: float) -> bool:
@@ -254,7 +256,7 @@ class MemoryStore:
         for _ in range(8):
             if not self._ends or self._ends[0][0] > now:
                 return
-            _, key = heapq.heappop(self._ends)
+            _, key = heappop(self._ends)
             row = self._rows.get(key)
             if row is not None and row.expires is not None and row.expires <= now:
                 del self._rows[key]
