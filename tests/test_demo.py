@@ -1,9 +1,8 @@
-"""The demo: what it reads, what it deals, what its services do, what its client counts, what its report says."""
+"""The demo: what it reads, what it deals, its processes, its payments, and all of it from end to end."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import itertools
 import json
 import os
@@ -17,7 +16,6 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -29,33 +27,36 @@ import pytest
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from resilient import Bulkhead, CallTimeout, CircuitBreaker, Consecutive, Env, InDoubt, InFlight, RateLimited, Retry
+from resilient import (
+    Bulkhead,
+    CallTimeout,
+    CircuitBreaker,
+    Consecutive,
+    Env,
+    InDoubt,
+    InFlight,
+    RateLimited,
+    Retry,
+    sagas,
+    stores,
+)
 from resilient.clock import SystemClock
-from resilient.demo import report, services, supervisor, worker
 from resilient.demo import run as run_module
-from resilient.demo.client import Calls, Shop, bare, broken, open_http, place
+from resilient.demo import services, supervisor, worker
+from resilient.demo.client import Calls, broken, open_http, place
 from resilient.demo.journal import Journal, Tail
-from resilient.demo.numbers import Books, Outcome, Progress, Result, Tally, quantile
+from resilient.demo.numbers import Outcome, Progress, Tally
 from resilient.demo.orders import BUNDLED, FIELDS, Order, OrdersError, parse, read
 from resilient.demo.payment import payments, transient, undone
-from resilient.demo.run import compare, main
+from resilient.demo.run import compare
 from resilient.demo.schedule import SERVICES, Episode, Fate, Schedule
 from resilient.demo.services import CRASHED, Ledger, Service, bound, serve
 from resilient.demo.supervisor import ServiceFailed, Services
-from resilient.demo.view import Board, Lines, Scene, view_for
+from resilient.demo.view import Scene
 from resilient.demo.worker import JOB, JOURNAL, Job
 from resilient.events import (
     BreakerChanged,
-    CallEnded,
-    FellBack,
-    GaveUp,
-    Hedged,
-    Refused,
-    Replayed,
-    Retrying,
-    TimedOut,
 )
 from resilient.stores._ops import Abandon, Scan
 from resilient.stores.memory import MemoryStore
@@ -206,6 +207,16 @@ def test_patience_is_five_seconds_and_less_in_short_runs() -> None:
     assert [Schedule(1, seconds).patience for seconds in (0.1, 3.2, 24.0)] == [0.2, 0.8, 5.0]
 
 
+@pytest.mark.parametrize(("orders", "each"), [(0, 0), (9, 0), (10, 1), (50, 1), (600, 12)])
+def test_a_few_orders_of_each_kind_fail_for_good(orders: int, each: int) -> None:
+    ids = [f"R-{number}" for number in range(orders)]
+    flaws = Schedule(7, 24).flaws(ids)
+    assert Counter(flaws.values()) == ({"short": each, "declined": each, "refused": each} if each else {})
+    assert flaws == Schedule(7, 3.2).flaws(ids)
+    assert set(flaws) <= set(ids)
+    assert each == 0 or flaws != Schedule(8, 24).flaws(ids)
+
+
 # -- the services ----------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +234,7 @@ class Dealt(Schedule):
 
 
 FINE = Fate(200, 0.05)
+ASKED = {"sku": "BOK-1", "quantity": 2, "amount": "29.98"}
 
 
 class Desk:
@@ -231,14 +243,17 @@ class Desk:
     def __init__(self, path: Path, name: str, *fates: Fate) -> None:
         self.clock = FakeClock()
         self.schedule = Dealt(*fates)
-        self.ledger = Ledger(path)
+        self.ledger = Ledger(path, name)
         self.service = Service(name, self.schedule, self.ledger, self.clock)
 
     def ask(self, *requests: tuple[str, str, dict[str, str]]) -> list[httpx.Response]:
         async def asking() -> list[httpx.Response]:
             transport = httpx.ASGITransport(self.service.app)
             async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
-                return [await http.request(method, path, headers=headers) for method, path, headers in requests]
+                return [
+                    await http.request(method, path, headers=headers, json=ASKED if method in ("PUT", "POST") else None)
+                    for method, path, headers in requests
+                ]
 
         try:
             return asyncio.run(asking())
@@ -247,15 +262,38 @@ class Desk:
 
 
 def test_a_service_answers_and_writes_down_what_it_did(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "l", "inventory", FINE, Fate(500, 0.1), Fate(500, 0.1, works=False))
+    desk = Desk(tmp_path / "l", "payment", FINE, Fate(500, 0.1), Fate(500, 0.1, works=False))
     desk.service.began = -3.0
-    answers = desk.ask(*[("GET", "/orders/R-1", {})] * 3, ("GET", "/ledger", {}))
+    answers = desk.ask(*[("POST", "/orders/R-1", {})] * 3, ("GET", "/ledger", {}))
     assert [answer.status_code for answer in answers] == [200, 500, 500, 200]
-    assert answers[0].json() == {"order": "R-1", "service": "inventory"}
-    assert answers[3].json() == {"received": {"R-1": 3}, "done": {"R-1": 2}}
+    assert answers[0].json() == {"order": "R-1", "charge": "ch-R-1-1"}
+    assert answers[3].json() == {"received": {"R-1": 3}, "charged": {"R-1": ["29.98"] * 2}, "refunded": {}}
     assert desk.clock.slept == [0.05, 0.1, 0.1]
     assert [(order, before) for _, _, order, before in desk.schedule.asked] == [("R-1", 0), ("R-1", 1), ("R-1", 2)]
     assert desk.schedule.asked[0][1] == 3.0
+
+
+def test_a_refusal_for_good_is_said_in_words(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "l", "inventory", FINE, Fate(500, 0.1))
+    short, broke = desk.ask(*[("PUT", "/orders/R-1", {})] * 2)
+    assert (short.status_code, short.text, broke.status_code) == (409, "out of stock\n", 500)
+
+
+def test_what_was_cut_off_before_all_of_it_was_there_is_no_request(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "l", "inventory")
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "PUT", "path": "/orders/R-1", "headers": [], "query_string": b""}
+    asyncio.run(desk.service.app(scope, receive, send))
+    desk.ledger.close()
+    assert sent[0]["status"] == 400
+    assert not desk.ledger.received
 
 
 def test_before_the_run_begins_all_is_calm(tmp_path: Path) -> None:
@@ -274,28 +312,25 @@ def test_refusals_say_when_to_come_again_in_seconds_and_as_a_date(tmp_path: Path
     assert (seconds.status_code, seconds.headers["retry-after"]) == (429, "2")
     assert date.status_code == 503
     assert parsedate_to_datetime(date.headers["retry-after"]).timestamp() == 1_700_000_003
-    assert not desk.ledger.done
+    assert not desk.ledger.trade.shown()["charged"]
 
 
 def test_a_hang_may_have_done_the_work(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "l", "payment", Fate(200, 0.05, hangs=True))
     desk.ask(("POST", "/orders/R-1", {}))
     assert desk.clock.slept == [services.HANG]
-    assert desk.ledger.done == {"R-1": 1}
+    assert desk.ledger.trade.shown()["charged"] == {"R-1": ["29.98"]}
 
 
-def test_payment_keeps_keys_until_it_crashes_and_shipping_ships_once(tmp_path: Path) -> None:
+def test_payment_forgets_its_keys_in_a_crash_and_nothing_else(tmp_path: Path) -> None:
     key = {"idempotency-key": "charge-R-1"}
     pay = Desk(tmp_path / "payment", "payment", FINE, FINE)
     pay.ask(*[("POST", "/orders/R-1", key)] * 2)
-    assert (pay.ledger.received, pay.ledger.done) == ({"R-1": 2}, {"R-1": 1})
+    assert (pay.ledger.received, pay.ledger.trade.shown()["charged"]) == ({"R-1": 2}, {"R-1": ["29.98"]})
     again = Desk(tmp_path / "payment", "payment", FINE)
     again.ask(("POST", "/orders/R-1", key))
-    assert (again.ledger.received, again.ledger.done) == ({"R-1": 3}, {"R-1": 2})
+    assert (again.ledger.received, again.ledger.trade.shown()["charged"]) == ({"R-1": 3}, {"R-1": ["29.98"] * 2})
     assert again.schedule.asked[0][3] == 2
-    ship = Desk(tmp_path / "shipping", "shipping", FINE, FINE)
-    ship.ask(*[("PUT", "/orders/R-1", {})] * 2)
-    assert ship.ledger.done == {"R-1": 1}
 
 
 def test_payment_can_be_asked_what_its_ledger_has(tmp_path: Path) -> None:
@@ -303,7 +338,7 @@ def test_payment_can_be_asked_what_its_ledger_has(tmp_path: Path) -> None:
     answers = desk.ask(*[(method, "/orders/R-1", {}) for method in ("GET", "POST", "GET", "GET")])
     assert [answer.status_code for answer in answers] == [404, 200, 200, 500]
     assert answers[1].json() == answers[2].json() == {"order": "R-1", "charge": "ch-R-1-1"}
-    assert (desk.ledger.received, desk.ledger.done) == ({"R-1": 4}, {"R-1": 1})
+    assert (desk.ledger.received, desk.ledger.trade.shown()["charged"]) == ({"R-1": 4}, {"R-1": ["29.98"]})
 
 
 class Process:
@@ -335,7 +370,7 @@ class Process:
 def test_a_service_serves_real_http_until_its_input_ends(
     tmp_path: Path, crash: Episode | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger = Ledger(tmp_path / "l")
+    ledger = Ledger(tmp_path / "l", "payment")
     schedule = Dealt(Fate(200, 0.0))
     schedule.episodes = () if crash is None else (crash,)
     clock = FakeClock()
@@ -346,7 +381,7 @@ def test_a_service_serves_real_http_until_its_input_ends(
         try:
             assert process.running.wait(30)
             with httpx.Client(trust_env=False) as http:
-                assert http.post(f"http://127.0.0.1:{port}/orders/R-1").status_code == 200
+                assert http.post(f"http://127.0.0.1:{port}/orders/R-1", json=ASKED).status_code == 200
             if crash is not None:
                 assert process.left.wait(30)
                 assert (process.codes, clock.slept) == ([CRASHED], [1.0])
@@ -362,7 +397,7 @@ def test_a_service_serves_real_http_until_its_input_ends(
 
 
 def test_a_restarted_service_does_not_crash_again(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "l")
+    ledger = Ledger(tmp_path / "l", "payment")
     schedule = Dealt()
     schedule.episodes = (Episode("payment", "crash", 1.0, 2.0, 1.0),)
     clock = FakeClock(start=100.0)
@@ -503,7 +538,7 @@ def sold(
     async def main() -> Outcome:
         async with httpx.AsyncClient(transport=httpx.MockTransport(seen)) as http:
             calls = Calls(http, {service: f"http://{service}" for service in SERVICES}, journal)
-            return await place(ORDER, bare(calls), FakeClock(start=5.0), due=3.0)
+            return await place(ORDER, calls, FakeClock(start=5.0), due=3.0)
 
     outcome = asyncio.run(main())
     journal.close()
@@ -514,24 +549,38 @@ def test_an_order_asks_all_four_services(tmp_path: Path) -> None:
     outcome, tallies, requests = sold(tmp_path, lambda request: httpx.Response(200, json=RECEIPT))
     assert outcome == Outcome("R-1", 2.0)
     assert [(r.method, r.url.host, r.url.path) for r in requests] == [
-        ("GET", "inventory", "/orders/R-1"),
+        ("PUT", "inventory", "/orders/R-1"),
         ("POST", "payment", "/orders/R-1"),
         ("PUT", "shipping", "/orders/R-1"),
+        ("POST", "shipping", "/orders/R-1"),
         ("POST", "notification", "/orders/R-1"),
     ]
-    assert "idempotency-key" not in requests[1].headers
+    assert not any("idempotency-key" in request.headers for request in requests)
+    assert json.loads(requests[0].content) == {"sku": "BOK-1", "quantity": 2}
     assert json.loads(requests[1].content) == {"amount": "29.98", "currency": "EUR"}
-    assert all((tally.sent, tally.answered, tally.failed) == (1, 1, 0) for tally in tallies.values())
+    assert [(tally.sent, tally.answered, tally.failed) for tally in tallies.values()] == [
+        *((1, 1, 0), (1, 1, 0), (2, 2, 0), (1, 1, 0))
+    ]
 
 
-def test_an_order_ends_at_the_first_step_that_fails(tmp_path: Path) -> None:
-    outcome, tallies, _ = sold(
-        tmp_path,
-        lambda request: httpx.Response(500 if request.url.host == "shipping" else 200, json=RECEIPT),
+@pytest.mark.parametrize(
+    ("at", "answer", "reason"),
+    [
+        ("shipping", httpx.Response(500, text="something broke\n"), "HTTP 500"),
+        ("shipping", httpx.Response(422, text="no such address\n"), "no such address"),
+        ("payment", httpx.Response(402, text="card declined\n"), "card declined"),
+        ("inventory", httpx.Response(409, text="out of stock\n"), "out of stock"),
+    ],
+)
+def test_an_order_ends_at_the_first_step_that_fails(
+    tmp_path: Path, at: str, answer: httpx.Response, reason: str
+) -> None:
+    outcome, tallies, requests = sold(
+        tmp_path, lambda request: answer if request.url.host == at else httpx.Response(200, json=RECEIPT)
     )
-    assert outcome == Outcome("R-1", 2.0, "shipping", "HTTP 500")
-    assert [tally.sent for tally in tallies.values()] == [1, 1, 1, 0]
-    assert tallies["shipping"].failed == 1
+    assert outcome == Outcome("R-1", 2.0, at, reason)
+    assert [request.url.host for request in requests] == list(SERVICES[: SERVICES.index(at) + 1])
+    assert tallies[at].failed == 1
 
 
 def test_an_order_whose_customer_was_not_told_is_done(tmp_path: Path) -> None:
@@ -774,6 +823,8 @@ def test_a_journal_goes_on_where_another_client_was_killed(tmp_path: Path) -> No
     assert second.over == {"a"}
     second(BreakerChanged("payment", "closed", "open", "5 failures in a row"))
     second.start(["payment"])
+    second.recovered(5, 3, 1)
+    second.recovered(2, 2, 0)
     second.post("b")
     second.post("b")
     second.end(Outcome("b", 2.0))
@@ -783,7 +834,13 @@ def test_a_journal_goes_on_where_another_client_was_killed(tmp_path: Path) -> No
     assert second.over == {"a", "b"}
     assert progress.outcomes[1:] == [Outcome("b", 2.0)]
     assert (progress.in_flight, progress.outbox, progress.breakers) == (0, {"b"}, {"payment": "closed"})
-    assert progress.news == [(8.0, "payment breaker closed -> open: 5 failures in a row")]
+    assert progress.recovered == (7, 5, 1)
+    assert [text for _, text in progress.news] == [
+        "payment breaker closed -> open: 5 failures in a row",
+        "client has brought 5 orders to their end that were left in the middle",
+        "client has brought 2 orders to their end that were left in the middle",
+    ]
+    assert progress.news[0][0] == 8.0
     with pytest.raises(ValueError, match="no such line"):
         progress.take(["what"])
 
@@ -835,11 +892,16 @@ def test_a_client_places_what_is_not_over_yet(
     assert left == [0]
     os.close(mine)
     assert {request.url.path[8:] for request in shop_front} == {orders[0].id, orders[2].id}
-    assert len(shop_front) == 8
-    assert sum("idempotency-key" in request.headers for request in shop_front) == (2 if guarded else 0)
+    assert len(shop_front) == 10
+    assert sum("idempotency-key" in request.headers for request in shop_front) == (6 if guarded else 0)
     progress = read_journal(tmp_path / JOURNAL)
     assert progress.done == 3
     assert progress.breakers == (dict.fromkeys(SERVICES, "closed") if guarded else {})
+    if guarded:
+        store = stores.open(worker.books_of(tmp_path))
+        found = sagas.list_sagas(store, name="order")
+        store.close()
+        assert {one.id: one.state for one in found} == {orders[0].id: "done", orders[2].id: "done"}
 
 
 def test_a_client_whose_parent_is_gone_before_the_begin_does_nothing(
@@ -851,270 +913,6 @@ def test_a_client_whose_parent_is_gone_before_the_begin_does_nothing(
     worker.main(str(tmp_path), mine, lambda code: None)
     os.close(mine)
     assert not shop_front
-
-
-# -- the numbers -----------------------------------------------------------------------------------------------------
-
-
-def test_events_are_counted_by_service(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal", lambda: 10.0)
-    error = ValueError()
-    for event in (
-        Retrying("payment", 1, 0.1, error),
-        Refused("payment", error),
-        TimedOut("payment", 1.0),
-        Hedged("payment", 2, 0.1),
-        FellBack("payment", error),
-        GaveUp("payment", 3, 1.0, error),
-        BreakerChanged("payment", "closed", "open", "5 failures in a row"),
-        BreakerChanged("payment", "open", "half-open", "its time is up"),
-        Replayed("payment", "R-1", 1),
-        CallEnded("payment", 1.0, None),
-    ):
-        journal(event)
-    journal.close()
-    progress = Progress("with guards", 3, lambda: 10.0, began=8.0)
-    for entry in Tail(tmp_path / "journal"):
-        progress.take(entry)
-    assert progress.tallies["payment"] == Tally(0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
-    assert progress.tallies["shipping"] == Tally()
-    assert progress.news[0] == (2.0, "payment breaker closed -> open: 5 failures in a row")
-    assert progress.breakers == {"payment": "half-open"}
-    progress.outcomes += [Outcome("a", 1.0), Outcome("b", 1.0, "payment", "HTTP 500")]
-    assert progress.done == 1
-
-
-@pytest.mark.parametrize(
-    ("values", "q", "value"),
-    [([], 0.5, None), ([3.0], 0.99, 3.0), ([4.0, 1.0, 3.0, 2.0], 0.5, 2.0), (list(range(1, 201)), 0.99, 198)],
-)
-def test_a_quantile_is_one_of_the_values(values: list[float], q: float, value: float | None) -> None:
-    assert quantile(values, q) == value
-
-
-def made(
-    title: str, *outcomes: Outcome, charged: Counter[str] | None = None, shipped: str = "", sent: int = 4
-) -> Result:
-    tallies = {service: Tally() for service in SERVICES}
-    tallies["payment"].sent = sent
-    books = Books(dict.fromkeys(SERVICES, 2), charged or Counter(), Counter(shipped))
-    return Result(title, outcomes, tallies, books, 1.5, 1, kills=2, crashes=1)
-
-
-BEFORE = made(
-    "without guards",
-    Outcome("a", 0.5),
-    Outcome("b", 0.2, "payment", "HTTP 500"),
-    Outcome("c", 0.3, "shipping", "ReadTimeout"),
-    charged=Counter("abc"),
-    shipped="ac",
-)
-AFTER = made(
-    "with guards",
-    Outcome("a", 1.0),
-    Outcome("b", 3.0, told=False),
-    Outcome("c", 0.3, "shipping", "BreakerOpen"),
-    charged=Counter("abc"),
-    shipped="ab",
-    sent=6,
-)
-TWICE = made("with guards", *AFTER.outcomes, charged=Counter("aabc"), shipped="ab", sent=6)
-
-
-def test_the_ledgers_tell_what_the_client_cannot_know() -> None:
-    assert (BEFORE.books.charged_twice, AFTER.books.charged_twice, TWICE.books.charged_twice) == (0, 0, 1)
-    assert (BEFORE.books.charged_not_shipped, AFTER.books.charged_not_shipped) == (1, 1)
-    assert (BEFORE.books.unnoticed(BEFORE.outcomes), AFTER.books.unnoticed(AFTER.outcomes)) == (1, 0)
-
-
-def test_the_report_has_a_row_for_each_number() -> None:
-    assert dict(report.rows(TWICE)) == {
-        "the client says": "",
-        "orders done": "2 of 3 (66.7 %)",
-        "orders failed": "1",
-        "p50, of orders done": "1.00 s",
-        "p99, of orders done": "3.00 s",
-        "calls sent": "6 (2.00 an order)",
-        "wall time": "1.5 s",
-        "customers not told": "1",
-        "messages in the outbox": "1",
-        "client killed": "twice",
-        "payments replayed": "0",
-        "doubts settled by asking": "0",
-        "the services' ledgers say": "",
-        "requests received": "8",
-        "orders charged": "3",
-        "charged twice": "1",
-        "charged, never shipped": "1",
-        "done, client says failed": "0",
-    }
-    assert dict(report.rows(made("x", Outcome("a", 1.0, "payment", "HTTP 500"))))["p50, of orders done"] == "-"
-
-
-def test_the_notes_are_honest() -> None:
-    notes = list(report.notes(BEFORE, AFTER))
-    assert notes[0] == "The guards completed 1 order more (+100 %)."
-    assert notes[1].startswith("They sent 2 calls more (+50 %).")
-    assert notes[2].startswith("Half of their orders took more than 1.00 s, against 0.50 s without: they wait")
-    assert notes[3] == (
-        "The payment service's ledger has 3 charges for 3 orders: none was charged twice with guards, though its "
-        "client was killed twice and it crashed once itself and forgot its idempotency keys."
-    )
-    assert notes[4].startswith("1 order was charged with guards and never shipped")
-    assert notes[5:] == [
-        "Why orders failed without guards: payment: HTTP 500 (1), shipping: ReadTimeout (1).",
-        "Why orders failed with guards: shipping: BreakerOpen (1).",
-    ]
-    worse = list(report.notes(AFTER, BEFORE))
-    assert worse[0] == "The guards did not keep their promise: 1 order done, 2 without them."
-    assert worse[1].startswith("They sent 2 calls fewer (-33 %).")
-    none = made("without guards", Outcome("a", 1.0, "payment", "HTTP 500"), sent=0)
-    assert list(report.notes(none, AFTER))[:2] == [
-        "The guards completed 2 orders more (from none).",
-        "They sent 6 calls more (from none). Some are retries and hedges; others are the later steps of orders that "
-        "would have failed before.",
-    ]
-    fine = made("without guards", Outcome("a", 1.0))
-    assert list(report.notes(fine, fine))[:2] == [
-        "Both runs completed every order: the guards had nothing to save.",
-        "They sent 0 calls more (+0 %). Some are retries and hedges; others are the later steps of orders that would "
-        "have failed before.",
-    ]
-
-
-def test_the_notes_say_how_payments_were_kept_to_one() -> None:
-    settled = made("with guards", *AFTER.outcomes, charged=Counter("abc"), shipped="ab")
-    payment = settled.tallies["payment"]
-    payment.replayed, payment.found, payment.absent = 1, 2, 5
-    assert list(report.notes(TWICE, settled))[2:5] == [
-        "The payment service's ledger has 3 charges for 3 orders: none was charged twice with guards, though its "
-        "client was killed twice and it crashed once itself and forgot its idempotency keys.",
-        "The store of results answered 1 payment in place of the service. Doubts settled by asking: 7. For 2 of them "
-        "the ledger had the charge, and it was not sent again. A retry that does not ask trusts the service's memory "
-        "of keys.",
-        "1 order was charged twice without guards: a client that is started after a kill places again what it does "
-        "not know to be done.",
-    ]
-    assert list(report.notes(BEFORE, TWICE))[3] == (
-        "The payment service's ledger has 4 charges for 3 orders: 1 order was charged twice with guards. That must "
-        "not be."
-    )
-    one = made("with guards", Outcome("a", 1.0), charged=Counter("a"), shipped="a")
-    one = replace(one, kills=3, crashes=0)
-    assert list(report.notes(one, one))[2] == (
-        "The payment service's ledger has 1 charge for 1 order: none was charged twice with guards, though its client "
-        "was killed 3 times."
-    )
-
-
-def test_the_promise_is_more_orders_or_all_and_no_second_charge() -> None:
-    fine = made("", Outcome("a", 1.0))
-    lost = made("", Outcome("a", 1.0, "payment", "HTTP 500"))
-    assert [report.kept(*pair) for pair in ((lost, fine), (fine, fine), (fine, lost), (lost, lost))] == [
-        *(True, True, False, False)
-    ]
-    assert report.kept(BEFORE, AFTER)
-    assert not report.kept(BEFORE, TWICE)
-
-
-def test_the_report_fits_eighty_columns_and_is_plain_data_too() -> None:
-    console = Console(file=io.StringIO(), width=80)
-    schedule = Schedule(3, 24.0)
-    report.announce(console, schedule, 600)
-    report.draw(console, schedule, BEFORE, AFTER)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(len(line) <= 80 for line in text.splitlines())
-    assert "seed 3, on 127.0.0.1 only" in text
-    assert "notification" in text
-    assert "…" not in text
-    assert "2 of 3 (66.7 %)" in text
-    data = json.loads(json.dumps(report.as_data(schedule, BEFORE, AFTER)))
-    assert (data["seed"], data["promise_kept"], len(data["kills"])) == (3, True, 3)
-    assert len(data["episodes"]) in (17, 18)
-    with_guards = data["with_guards"]
-    assert (with_guards["charged_twice"], with_guards["charges"], with_guards["charged"]) == (0, 3, 3)
-    assert (with_guards["client_killed"], with_guards["payment_crashed"]) == (2, 1)
-    assert (with_guards["replayed"], with_guards["settled"]) == (0, 0)
-    assert data["without_guards"]["failed"] == {"payment: HTTP 500": 1, "shipping: ReadTimeout": 1}
-
-
-def test_the_strip_of_time_shows_each_trouble() -> None:
-    schedule = Schedule(1, 60.0)
-    schedule.episodes = (Episode("payment", "hang", 2.0, 4.0, 1.0), Episode("payment", "crash", 58.0, 60.0, 1.0))
-    assert report.strip(schedule, "payment") == "..HH" + "." * 54 + "XX"
-    assert report.strip(schedule, "shipping") == "." * 60
-    schedule.kills = (0.5, 30.0)
-    console = Console(file=io.StringIO(), width=80)
-    report.announce(console, schedule, 1)
-    assert "  client        K" + "." * 29 + "K" + "." * 29 + "\n" in text_of(console)
-
-
-# -- the view --------------------------------------------------------------------------------------------------------
-
-
-def scene(now: list[float]) -> Scene:
-    progress = Progress("with guards", 4, lambda: now[0])
-    return Scene(progress, lambda service: "hang" if service == "payment" else "", lambda service: "open")
-
-
-def text_of(console: Console) -> str:
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return file.getvalue()
-
-
-def test_lines_where_nobody_looks_at_a_terminal() -> None:
-    console = Console(file=io.StringIO(), width=80)
-    now = [1.0]
-    shown = scene(now)
-    view = view_for(console, plain=False)
-    assert isinstance(view, Lines)
-    view.begin(shown)
-    shown.progress.tell("payment [x] is gone")
-    view.tick()
-    now[0] = 2.5
-    shown.progress.outcomes.append(Outcome("a", 1.0))
-    shown.progress.tallies["payment"].retries = 3
-    view.tick()
-    view.tick()
-    view.end()
-    assert text_of(console).splitlines() == [
-        "-- with guards: 4 orders",
-        "   1.0 s  payment [x] is gone",
-        "   2.5 s  1/4 orders: 1 done, 0 failed, 0 in flight; 0 calls, 3 retries, 0 refused",
-        "   2.5 s  1/4 orders: 1 done, 0 failed, 0 in flight; 0 calls, 3 retries, 0 refused",
-    ]
-
-
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_a_board_on_a_terminal(width: int) -> None:
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor")
-    view = view_for(console, plain=False)
-    assert isinstance(view, Board)
-    shown = scene([1.0])
-    shown.progress.tallies["payment"].sent = 17
-    view.begin(shown)
-    for number in range(9):
-        shown.progress.tell(f"news {number} " + "x" * 100)
-    shown.progress.outcomes.append(Outcome("a", 1.0, "payment", "HTTP 500"))
-    view.tick()
-    view.end()
-    still = Console(file=io.StringIO(), width=width)
-    still.print(view.draw())
-    text = text_of(still)
-    assert all(len(line) <= width for line in text.splitlines())
-    assert "1/4 orders" in text
-    assert "hang" in text
-    assert "17" in text
-    assert "news 8" in text
-    assert "news 2" not in text
-    if width >= 80:
-        assert "timeouts" in text
-    assert "\x1b[?25h" in text_of(console), "the cursor is back"
-
-
-def test_plain_is_plain_on_a_terminal_too() -> None:
-    assert isinstance(view_for(Console(force_terminal=True), plain=True), Lines)
 
 
 # -- from end to end -------------------------------------------------------------------------------------------------
@@ -1180,29 +978,33 @@ def test_the_whole_demo_with_a_handful_of_orders(started: list[Services]) -> Non
     for result in (before, after):
         assert {outcome.order for outcome in result.outcomes} == {order.id for order in orders}
         assert result.sent == sum(tally.sent for tally in result.tallies.values()) > 0
-        assert result.books.charged.keys() <= {order.id for order in orders}
-        assert result.done <= len(result.books.shipped)
+        assert result.audit.books.charged.keys() <= {order.id for order in orders}
+        assert result.done <= len(result.audit.books.shipped)
         assert result.wall > 0
     assert before.outbox == sum(tally.retries + tally.hedges + tally.refused for tally in before.tallies.values()) == 0
     assert sum(tally.retries for tally in after.tallies.values()) > 0
     assert (before.kills, after.kills, before.crashes, after.crashes) == (1, 1, 1, 1)
-    assert after.books.charged_twice == 0
+    assert after.audit.faults == []
+    assert (after.audit.complete, after.audit.undone) == (13, 3)
+    assert after.audit.complete >= before.audit.complete
+    assert set(after.reasons) == {"inventory: out of stock", "payment: card declined", "shipping: no such address"}
+    assert sum(tally.undone for tally in after.tallies.values()) >= 3
     assert after.outbox <= after.tallies["notification"].fallbacks
     assert after.untold == 0
-    assert after.done > before.done
     assert ("down", "") in view.states
     assert any(state == "closed" for _, state in view.states)
     assert_gone(started)
 
 
 def test_an_order_that_is_lost_on_the_way_counts_as_failed(tmp_path: Path) -> None:
-    async def fine(order: Order) -> None:
+    async def fine(order: Order, due: float) -> Outcome:
         if order.id == "R-2602":
             raise asyncio.CancelledError
+        return Outcome(order.id, 1.0)
 
     clock = SystemClock()
     journal = Journal(tmp_path / "journal", clock.now)
-    asyncio.run(worker.push(read(BUNDLED)[:3], Shop(fine, fine, fine, fine), clock, journal, clock.now(), 0.0))
+    asyncio.run(worker.push(read(BUNDLED)[:3], fine, clock, journal, clock.now(), 0.0))
     journal.close()
     outcomes = read_journal(tmp_path / "journal").outcomes
     assert {(outcome.order, outcome.failed_at, outcome.reason) for outcome in outcomes} == {
@@ -1269,69 +1071,6 @@ def test_sigterm_ends_everything(started: list[Services]) -> None:
     assert_gone(started)
 
 
-# -- what the command runs -------------------------------------------------------------------------------------------
-
-
-def ran(monkeypatch: pytest.MonkeyPatch, result: object, **changed: Any) -> tuple[int, str]:
-    """The exit code and output of the demo's `main`, where `compare` gives, or raises, `result`."""
-
-    async def fake(orders: object, schedule: Schedule, view: object) -> object:
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    monkeypatch.setattr(run_module, "compare", fake)
-    console = Console(file=io.StringIO(), width=80)
-    settings: dict[str, Any] = {
-        "quick": True,
-        "seed": 3,
-        "plain": True,
-        "path": BUNDLED,
-        "json_path": None,
-        "out": console,
-    }
-    return main(**(settings | changed)), text_of(console)
-
-
-def test_the_exit_code_says_whether_the_promise_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    code, text = ran(monkeypatch, (BEFORE, AFTER), json_path=tmp_path / "numbers.json")
-    assert code == 0
-    assert text.startswith("resilient demo: 80 orders over 3.2 s, seed 3, on 127.0.0.1 only")
-    assert json.loads((tmp_path / "numbers.json").read_text())["promise_kept"] is True
-    assert ran(monkeypatch, (BEFORE, TWICE))[0] == 1
-    code, text = ran(monkeypatch, (AFTER, BEFORE), quick=False)
-    assert code == 1
-    assert text.startswith("resilient demo: 600 orders over 24 s, seed 3, on 127.0.0.1 only")
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (KeyboardInterrupt(), 130, "resilient demo: interrupted; the services are stopped\n"),
-        (asyncio.CancelledError(), 130, "resilient demo: interrupted; the services are stopped\n"),
-        (ServiceFailed("the payment service did not start"), 2, "resilient demo: the payment service did not start\n"),
-    ],
-)
-def test_what_ends_the_demo_early_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
-) -> None:
-    assert ran(monkeypatch, error)[0] == code
-    assert capsys.readouterr().err == said
-
-
-def test_bad_files_are_found_before_anything_is_sent(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    bad = tmp_path / "bad.csv"
-    bad.write_text(f"{HEAD}\n{ROW}\n{ROW.replace('14.99', 'x').replace('R-1', 'R-2')}\n")
-    code, text = ran(monkeypatch, AssertionError("unreachable"), path=bad)
-    assert (code, text) == (2, "")
-    assert f"{bad}, line 3: price must be" in capsys.readouterr().err
-    code, text = ran(monkeypatch, AssertionError("unreachable"), json_path=tmp_path / "no" / "such")
-    assert (code, text) == (2, "")
-    assert "No such file or directory" in capsys.readouterr().err
-
-
 def test_the_system_clock_is_what_runs_share() -> None:
     # The parent tells its children an instant: it must mean the same to each process of this machine.
     told = subprocess.run(
@@ -1340,7 +1079,3 @@ def test_the_system_clock_is_what_runs_share() -> None:
         check=True,
     )
     assert abs(float(told.stdout) - SystemClock.now()) < 60.0
-
-
-def test_a_shop_has_a_step_for_each_service() -> None:
-    assert tuple(Shop.__dataclass_fields__) == SERVICES

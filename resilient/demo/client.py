@@ -1,8 +1,8 @@
-"""The client: the four calls of an order, bare and guarded, and the order that they make.
+"""The client's calls, bare and guarded, and the order that the bare ones make.
 
-`Calls` is what a careful person writes with httpx alone: one attempt, a time limit, errors by status. `guards` puts a
-pipeline around each of the steps (payment has a module of its own), and changes nothing else: the comparison is of
-these, with everything else equal. For asyncio. Requests go to the addresses given and nowhere else: proxies of the
+`Calls` is what a careful person writes with httpx alone: one attempt, a time limit, errors by status; `place` takes an
+order through them. `guards` puts a pipeline around each of the calls (payment has a module of its own); the order that
+those make is a saga (`saga`). For asyncio. Requests go to the addresses given and nowhere else: proxies of the
 environment are not asked.
 """
 
@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import msgspec
@@ -42,19 +42,25 @@ from resilient.demo.payment import payments, transient
 if TYPE_CHECKING:
     from resilient._trip import Trip
 
-__all__ = ["Calls", "Shop", "bare", "broken", "guards", "open_http", "place"]
+__all__ = ["Calls", "Shop", "broken", "guards", "open_http", "place", "reason"]
 
-Step: TypeAlias = Callable[[Order], Awaitable[None]]
+PERSISTENCE = 30.0
+"""Seconds for which a step is tried: longer than any trouble. What is given up in the middle has to be undone."""
+REFUSALS = (402, 409, 410, 422)
 
 
 @dataclass(frozen=True, slots=True)
 class Shop:
-    """The steps of an order, by the service that each asks, in their order."""
+    """The steps of an order with guards, and what undoes them."""
 
-    inventory: Step
-    payment: Step
-    shipping: Step
-    notification: Step
+    reserve: Callable[[Order], Awaitable[None]]
+    release: Callable[[Order], Awaitable[None]]
+    charge: Callable[[Order], Awaitable[Receipt]]
+    refund: Callable[[Order], Awaitable[None]]
+    pack: Callable[[Order], Awaitable[None]]
+    unpack: Callable[[Order], Awaitable[None]]
+    ship: Callable[[Order, str], Awaitable[None]]
+    notify: Callable[[Order, str], Awaitable[None]]
 
 
 def open_http(patience: float, urls: Iterable[str] = ()) -> httpx.AsyncClient:
@@ -77,15 +83,18 @@ class Calls:
     def __init__(self, http: httpx.AsyncClient, urls: dict[str, str], journal: Journal) -> None:
         self._http, self._urls, self._journal = http, urls, journal
 
-    async def inventory(self, order: Order) -> None:
-        """Look whether the product is in stock. Changes nothing, so it may run twice at a time."""
-        await self._send("inventory", "GET", order.id, params={"sku": order.sku, "quantity": order.quantity})
+    async def reserve(self, order: Order) -> None:
+        """Put aside what was ordered; the same reservation however often this runs, and two at a time do no harm."""
+        await self._send("inventory", "PUT", order.id, json={"sku": order.sku, "quantity": order.quantity})
+
+    async def release(self, order: Order) -> None:
+        """Give back what was put aside, if anything was; nothing can be put aside for this order any more."""
+        await self._send("inventory", "DELETE", order.id)
 
     async def charge(self, order_id: str, amount: Decimal, key: str | None = None) -> Receipt:
         """Charge the customer. A key tells the gateway that a second request is the same charge, while it remembers."""
-        headers = {} if key is None else {"idempotency-key": key}
         json = {"amount": str(amount), "currency": "EUR"}
-        answer = await self._send("payment", "POST", order_id, json=json, headers=headers)
+        answer = await self._send("payment", "POST", order_id, key, json=json)
         return msgspec.json.decode(answer.content, type=Receipt)
 
     async def receipt(self, order_id: str) -> Receipt | None:
@@ -96,20 +105,34 @@ class Calls:
         self._journal.count("payment", "found" if found else "absent")
         return receipt
 
-    async def shipping(self, order: Order) -> None:
-        """Put the parcel of this order on the list; it is the same parcel however often this runs."""
-        json = {"name": order.customer, "address": order.address, "country": order.country, "product": order.product}
-        await self._send("shipping", "PUT", order.id, json=json)
+    async def refund(self, order: Order) -> None:
+        """Give the money back, if any was taken; none can be taken for this order any more."""
+        await self._send("payment", "DELETE", order.id)
 
-    async def notification(self, order: Order) -> None:
-        """Tell the customer. A second message is no harm worth losing the first for."""
+    async def pack(self, order: Order) -> None:
+        """Make the parcel; it is the same parcel however often this runs."""
+        to = {"name": order.customer, "address": order.address, "country": order.country}
+        await self._send("shipping", "PUT", order.id, json={"sku": order.sku, "quantity": order.quantity, **to})
+
+    async def unpack(self, order: Order) -> None:
+        """Take the parcel apart, if there is one and it has not left; none can be made for this order any more."""
+        await self._send("shipping", "DELETE", order.id)
+
+    async def ship(self, order: Order, key: str | None = None) -> None:
+        """Hand the parcel to the carrier, who gives nothing back."""
+        await self._send("shipping", "POST", order.id, key)
+
+    async def notify(self, order: Order, key: str | None = None) -> None:
+        """Tell the customer."""
         json = {"to": order.email, "text": f"{order.product} ({order.quantity}) is on its way."}
-        await self._send("notification", "POST", order.id, json=json)
+        await self._send("notification", "POST", order.id, key, json=json)
 
     async def _send(
-        self, service: str, method: str, order_id: str, fine: int | None = None, **request: Any
+        self, service: str, method: str, order_id: str, key: str | None = None, fine: int | None = None, **request: Any
     ) -> httpx.Response:
         self._journal.count(service, "sent")
+        if key is not None:
+            request["headers"] = {"idempotency-key": key}
         try:
             answer = await self._http.request(method, f"{self._urls[service]}/orders/{order_id}", **request)
             if answer.status_code != fine:
@@ -119,15 +142,6 @@ class Calls:
             raise
         self._journal.count(service, "answered")
         return answer
-
-
-def bare(calls: Calls) -> Shop:
-    """The steps with no guards."""
-
-    async def payment(order: Order) -> None:
-        await calls.charge(order.id, order.total)
-
-    return Shop(calls.inventory, payment, calls.shipping, calls.notification)
 
 
 def broken(error: BaseException) -> bool:
@@ -142,53 +156,51 @@ def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[
 
     `store` keeps what became of each payment; `post` puts the message about an order into the outbox.
     """
-    attempt = max(0.4, patience / 8)
+    attempt = max(0.6, patience / 8)
     rest = max(0.2, patience / 16)
     # Retries cope with a service that fails every other call; a circuit is for one that fails nearly all of them.
     ill = FailureRate(0.8, over=40, minimum=20)
     wait = tenacity.wait_random_exponential(multiplier=0.1, max=1.0)
 
-    def retry(name: str, attempts: int, total: float) -> Retry:
-        return Retry(transient, attempts=attempts, wait=wait, total=total, name=name)
+    def retry(name: str, total: float = PERSISTENCE) -> Retry:
+        return Retry(transient, attempts=10_000, wait=wait, total=total, name=name)
 
     def circuit(name: str, trip: Trip) -> CircuitBreaker:
         # A probe that gets no answer is cut off like any other attempt, and must be in time to say so.
         return CircuitBreaker(name, trip, on=broken, cooldown=rest, probe_lease=2 * attempt)
 
-    def outbox(order: Order) -> None:
+    def outbox(order: Order, key: str) -> None:
         post(order.id)
 
-    async def payment(order: Order) -> None:
-        await charge(order.id, order.total)
+    async def charge(order: Order) -> Receipt:
+        return await pay(order.id, order.total)
 
     inventory = Pipeline(
         Hedge(attempt / 3, idempotent=True, name="inventory"),
-        retry("inventory", 12, max(6.0, 3 * patience)),
+        retry("inventory"),
         circuit("inventory", ill | Consecutive(10)),
         Bulkhead(32, queue=64, max_wait=attempt, name="inventory"),
         Timeout(attempt, name="inventory"),
         env=env,
     )
-    charge = payments(
-        calls,
-        store,
-        retry("payment", 20, max(6.0, 3 * patience)),
+    payment = (
+        retry("payment"),
         circuit("payment", ill),
         Bulkhead(32, queue=64, max_wait=attempt, name="payment"),
-        attempt,
-        env,
     )
+    pay = payments(calls, store, *payment, attempt, env)
+    refund = Pipeline(*payment, Timeout(attempt, name="payment"), env=env)
     shipping = Pipeline(
-        retry("shipping", 12, max(6.0, 3 * patience)),
+        retry("shipping"),
         circuit("shipping", ill | SlowRate(0.9, slower_than=attempt, over=40, minimum=20)),
-        RateLimiter(50, burst=10, max_wait=attempt, name="shipping"),
+        RateLimiter(100, burst=20, max_wait=attempt, name="shipping"),
         Bulkhead(32, queue=64, max_wait=attempt, name="shipping"),
         Timeout(attempt, name="shipping"),
         env=env,
     )
     notification = Pipeline(
         Fallback(outbox, name="notification"),
-        retry("notification", 3, max(1.5, patience / 2)),
+        retry("notification", max(1.5, patience / 2)),
         circuit("notification", ill),
         RateLimiter(60, burst=20, max_wait=attempt / 2, name="notification"),
         Bulkhead(16, queue=32, max_wait=attempt / 2, name="notification"),
@@ -196,30 +208,45 @@ def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[
         env=env,
     )
 
-    return Shop(inventory(calls.inventory), payment, shipping(calls.shipping), notification(calls.notification))
+    return Shop(
+        reserve=inventory(calls.reserve),
+        release=inventory(calls.release),
+        charge=charge,
+        refund=refund(calls.refund),
+        pack=shipping(calls.pack),
+        unpack=shipping(calls.unpack),
+        ship=shipping(calls.ship),
+        notify=notification(calls.notify),
+    )
 
 
-async def place(order: Order, shop: Shop, clock: Clock, due: float) -> Outcome:
-    """Take an order through its steps. It is done when it is paid and shipped; the message is a courtesy.
+async def place(order: Order, calls: Calls, clock: Clock, due: float) -> Outcome:
+    """Take an order through its steps with no guards. The message is a courtesy: it may fail.
 
     Latency counts from the instant `due`, at which the customer pressed the button, so that a client that is too busy
     to begin does not look quick.
     """
     reached = ""
     try:
-        for reached in ("inventory", "payment", "shipping"):
-            await getattr(shop, reached)(order)
+        reached = "inventory"
+        await calls.reserve(order)
+        reached = "payment"
+        await calls.charge(order.id, order.total)
+        reached = "shipping"
+        await calls.pack(order)
+        await calls.ship(order)
     except Exception as error:
-        return Outcome(order.id, clock.now() - due, reached, _reason(error))
-    latency = clock.now() - due
+        return Outcome(order.id, clock.now() - due, reached, reason(error))
     try:
-        await shop.notification(order)
+        await calls.notify(order)
     except Exception as error:
-        return Outcome(order.id, latency, None, _reason(error), told=False)
-    return Outcome(order.id, latency)
+        return Outcome(order.id, clock.now() - due, None, reason(error), told=False)
+    return Outcome(order.id, clock.now() - due)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    """Why a call failed, in a few words: what the service says, if it refuses for good."""
     if isinstance(error, httpx.HTTPStatusError):
-        return f"HTTP {error.response.status_code}"
+        said = error.response.status_code in REFUSALS
+        return error.response.text.strip() if said else f"HTTP {error.response.status_code}"
     return type(error).__name__

@@ -14,7 +14,19 @@ from typing import Any
 from msgspec import json
 
 from resilient.demo.numbers import Outcome
-from resilient.events import BreakerChanged, Event, FellBack, GaveUp, Hedged, Refused, Replayed, Retrying, TimedOut
+from resilient.demo.schedule import SERVICES
+from resilient.events import (
+    BreakerChanged,
+    Compensated,
+    Event,
+    FellBack,
+    GaveUp,
+    Hedged,
+    Refused,
+    Replayed,
+    Retrying,
+    TimedOut,
+)
 
 __all__ = ["Journal", "Tail"]
 
@@ -27,6 +39,8 @@ _COUNTED: dict[type[Event], str] = {
     GaveUp: "gave_up",
     Replayed: "replayed",
 }
+# The steps that can be undone, and their services.
+_STEPS = {"reserve": "inventory", "charge": "payment", "pack": "shipping"}
 
 
 class Journal:
@@ -45,7 +59,10 @@ class Journal:
     def __call__(self, event: Event) -> None:
         if isinstance(event, BreakerChanged):
             self._note("breaker", self._now(), event.policy, event.old, event.new, event.reason)
-        elif type(event) in _COUNTED:
+        elif isinstance(event, Compensated):
+            if event.error is None:
+                self.count(_STEPS[event.step.rpartition(":")[2]], "undone")
+        elif type(event) in _COUNTED and event.policy in SERVICES:
             self.count(event.policy, _COUNTED[type(event)])
 
     def count(self, service: str, what: str) -> None:
@@ -65,6 +82,10 @@ class Journal:
         o = outcome
         self._note("over", o.order, o.latency, o.failed_at, o.reason, o.told)
         self.over.add(o.order)
+
+    def recovered(self, left: int, finished: int, undone: int) -> None:
+        """So many orders were `left` in the middle by another client, and have been brought to an end."""
+        self._note("recovered", left, finished, undone)
 
     def post(self, order: str) -> None:
         """The message about an order goes to the outbox."""

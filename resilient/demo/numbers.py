@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from resilient.demo.schedule import SERVICES
 
-__all__ = ["Books", "Outcome", "Progress", "Receipt", "Result", "Tally", "quantile"]
+if TYPE_CHECKING:
+    from resilient.demo.audit import Audit
+
+__all__ = ["Outcome", "Progress", "Receipt", "Recovered", "Result", "Tally", "quantile"]
+
+Recovered: TypeAlias = tuple[int, int, int]
+"""Orders that clients left in the middle; those of them that recovery brought forward to their end, and those that it
+undid. (The others it found at their end, or already being taken on.)"""
 
 
 @dataclass(slots=True)
@@ -26,6 +33,7 @@ class Tally:
     hedges: int = 0
     fallbacks: int = 0
     gave_up: int = 0
+    undone: int = 0  # steps that were compensated
     opened: int = 0
     replayed: int = 0  # calls that the store of idempotent results answered
     found: int = 0  # calls of unknown outcome that had had their effect, as the service's ledger said when asked
@@ -59,12 +67,14 @@ class Progress:
     total: int
     now: Callable[[], float]
     began: float = 0.0
+    failed: str = "failed"  # the word for an order that is over and not done
     placed: set[str] = field(default_factory=set[str])
     tallies: dict[str, Tally] = field(default_factory=lambda: {service: Tally() for service in SERVICES})
     outcomes: list[Outcome] = field(default_factory=list[Outcome])
     news: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     breakers: dict[str, str] = field(default_factory=dict[str, str])
     outbox: set[str] = field(default_factory=set[str])
+    recovered: Recovered = (0, 0, 0)
 
     def take(self, entry: Sequence[Any]) -> None:
         """Learn from a line of the journal."""
@@ -79,6 +89,9 @@ class Progress:
                 self.outcomes.append(Outcome(order, *rest))
             case ["outbox", order]:
                 self.outbox.add(order)
+            case ["recovered", left, finished, undone]:
+                self.recovered = self.recovered[0] + left, self.recovered[1] + finished, self.recovered[2] + undone
+                self.tell(f"client has brought {left} orders to their end that were left in the middle")
             case ["start", breakers]:
                 self.placed.clear()
                 self.breakers = dict.fromkeys(breakers, "closed")
@@ -110,41 +123,18 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Books:
-    """What the services wrote into their ledgers, which is what really happened."""
-
-    received: dict[str, int]
-    charged: Counter[str]
-    shipped: Counter[str]
-
-    @property
-    def charged_twice(self) -> int:
-        """Orders whose customer was charged more than once."""
-        return sum(times > 1 for times in self.charged.values())
-
-    @property
-    def charged_not_shipped(self) -> int:
-        """Orders whose customer was charged and gets nothing."""
-        return len(self.charged.keys() - self.shipped.keys())
-
-    def unnoticed(self, outcomes: Iterable[Outcome]) -> int:
-        """Orders that were charged and shipped, and that the client believes to have failed."""
-        both = self.charged.keys() & self.shipped.keys()
-        return sum(outcome.failed_at is not None and outcome.order in both for outcome in outcomes)
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
     """One run, when it is over."""
 
     title: str
     outcomes: Sequence[Outcome]
     tallies: dict[str, Tally]
-    books: Books
+    audit: Audit
     wall: float
     outbox: int
     kills: int = 0  # of the client
     crashes: int = 0  # of the payment service
+    recovered: Recovered = (0, 0, 0)
 
     @property
     def done(self) -> int:

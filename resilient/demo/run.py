@@ -10,7 +10,6 @@ import asyncio
 import json
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,11 +18,15 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from resilient import sagas, stores
 from resilient.clock import SystemClock
+from resilient.demo.audit import Audit, books
 from resilient.demo.journal import Tail
-from resilient.demo.numbers import Books, Progress, Result
+from resilient.demo.notes import kept
+from resilient.demo.numbers import Progress, Result
 from resilient.demo.orders import Order, OrdersError, read
-from resilient.demo.report import announce, as_data, draw, kept
+from resilient.demo.report import announce, as_data, draw
+from resilient.demo.saga import NAME
 from resilient.demo.schedule import Schedule
 from resilient.demo.supervisor import CLIENT, ServiceFailed, Services
 from resilient.demo.view import Scene, View, view_for
@@ -31,13 +34,14 @@ from resilient.demo.view import Scene, View, view_for
 __all__ = ["FULL", "QUICK", "compare", "main", "run"]
 
 FULL = (24.0, 100_000)  # seconds of the schedule, and the most orders that it takes
-QUICK = (3.2, 80)
+QUICK = (3.2, 50)
 
 
 async def run(orders: Sequence[Order], schedule: Schedule, guarded: bool, view: View) -> Result:
     """Push `orders` through services of their own, and read the ledgers when all is over."""
     clock = SystemClock()
     progress = Progress("with guards" if guarded else "without guards", len(orders), clock.now)
+    progress.failed = "undone" if guarded else "failed"
     async with Services(schedule, orders, guarded) as services:
         services.begin()
         progress.began = services.began
@@ -53,10 +57,19 @@ async def run(orders: Sequence[Order], schedule: Schedule, guarded: bool, view: 
             _read(tail, progress)
             view.end()
         await services.all_up()
-        books = await _books(services.urls)
-    kills, crashes = services.downs[CLIENT], services.downs["payment"]
+        shown = await _ledgers(services.urls)
+        stuck = await _stuck(services.books) if guarded else {}
+    said = {outcome.order: outcome.failed_at is None for outcome in progress.outcomes}
     return Result(
-        progress.title, progress.outcomes, progress.tallies, books, wall, len(progress.outbox), kills, crashes
+        title=progress.title,
+        outcomes=progress.outcomes,
+        tallies=progress.tallies,
+        audit=Audit(orders, books(shown), said, stuck),
+        wall=wall,
+        outbox=len(progress.outbox),
+        kills=services.downs[CLIENT],
+        crashes=services.downs["payment"],
+        recovered=progress.recovered,
     )
 
 
@@ -88,17 +101,23 @@ async def _watch(view: View, clock: SystemClock, progress: Progress, services: S
         await clock.asleep(view.every)
 
 
-async def _books(urls: dict[str, str]) -> Books:
+async def _ledgers(urls: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Ask the services themselves what they received and did."""
-    ledgers: dict[str, Any] = {}
+    shown: dict[str, dict[str, Any]] = {}
     async with httpx.AsyncClient(timeout=30.0, trust_env=False) as http:
         for service, url in urls.items():
-            ledgers[service] = (await http.get(f"{url}/ledger")).raise_for_status().json()
-    return Books(
-        received={service: sum(ledger["received"].values()) for service, ledger in ledgers.items()},
-        charged=Counter(ledgers["payment"]["done"]),
-        shipped=Counter(ledgers["shipping"]["done"]),
-    )
+            shown[service] = (await http.get(f"{url}/ledger")).raise_for_status().json()
+    return shown
+
+
+async def _stuck(url: str) -> dict[str, str]:
+    """The sagas that have not come to their end, and how they are."""
+    store = stores.open(url)
+    try:
+        found = await sagas.alist_sagas(store, name=NAME)
+    finally:
+        store.close()
+    return {one.id: one.state for one in found if one.state not in ("done", "aborted")}
 
 
 async def compare(orders: Sequence[Order], schedule: Schedule, view: View) -> tuple[Result, Result]:

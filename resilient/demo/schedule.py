@@ -9,6 +9,7 @@ in which it comes. It draws from generators of its own, so that requests in anot
 from __future__ import annotations
 
 import random  # noqa: TID251 - seeded: it draws the same lots each time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -122,6 +123,15 @@ class Schedule:
             case _:
                 seconds = max(1, round(episode.end - elapsed))
                 return Fate(429 if date else 503, 0.005, works=False, retry_after=seconds, as_date=coin)
+
+    def flaws(self, orders: Sequence[str]) -> dict[str, str]:
+        """The orders that fail for good, and why: "short" of stock, "declined" or "refused". Two in a hundred of each.
+
+        At least one of each, but none where there are fewer than ten orders.
+        """
+        each = max(1, round(0.02 * len(orders))) if len(orders) >= 10 else 0
+        picked = random.Random(f"flaws {self.seed}").sample(orders, 3 * each)
+        return dict(zip(picked, ("short", "declined", "refused") * each, strict=True))
 
     @property
     def patience(self) -> float:

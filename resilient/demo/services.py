@@ -2,7 +2,8 @@
 
 A service binds loopback alone. It lives by its standard input: a line `begin NOW` tells the instant at which the run
 began, and the end of the input (its parent is gone, however that happened) ends it at once. It appends what it receives
-and does to a ledger file, which outlives its crashes. Its fates come from the schedule, so two runs meet the same.
+and does to a ledger file, which outlives its crashes. Its fates come from the schedule, so two runs meet the same; what
+it does for a living is in `trades`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from msgspec import json
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from resilient.clock import SystemClock
 from resilient.demo.schedule import Schedule
+from resilient.demo.trades import TRADES
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -38,53 +42,51 @@ HANG = 3600.0
 
 
 class Ledger:
-    """What a service received and did, order by order; each line is in the file before anything else happens."""
+    """What a service received and did, line by line, in a file; each line is in it before anything else happens.
 
-    def __init__(self, path: Path) -> None:
+    `trade` is the service that the ledger is of: it learns from every line, those of an earlier process included.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
         self.received: Counter[str] = Counter()
-        self.done: Counter[str] = Counter()
+        self.trade = TRADES[name](self.note)
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
-        for line in self._file.read().decode().splitlines():
-            word, order = line.split(" ", 1)
-            (self.received if word == "received" else self.done)[order] += 1
+        for line in self._file.read().splitlines():
+            self._take(*json.decode(line))
 
     def receive(self, order: str) -> int:
         """Note a request for `order`, and say how many came before."""
         before = self.received[order]
-        self._note("received", order)
-        self.received[order] += 1
+        self.note("received", order)
         return before
 
-    def do(self, order: str) -> None:
-        """Note that the work for `order` was done, once more."""
-        self._note("done", order)
-        self.done[order] += 1
+    def note(self, *line: Any) -> None:
+        """Write a line."""
+        self._file.write(json.encode(line) + b"\n")
+        self._take(*line)
 
     def close(self) -> None:
         """Give the file back."""
         self._file.close()
 
-    def _note(self, word: str, order: str) -> None:
-        self._file.write(f"{word} {order}\n".encode())
+    def _take(self, word: str, *rest: Any) -> None:
+        if word == "received":
+            self.received[rest[0]] += 1
+        else:
+            self.trade.take(word, *rest)
 
 
 class Service:
-    """One service: its routes, its ledger, and its bad days.
-
-    Payment keeps the answers of idempotency keys in memory, where a crash loses them: a fault on purpose, and one that
-    real gateways have had. Its ledger it never forgets, and a GET asks it about an order: the receipt, or 404. Shipping
-    is a PUT, and so the same however often it comes. Inventory changes nothing.
-    """
+    """One service: its routes, its ledger, and its bad days. What it does is in `trades`."""
 
     def __init__(self, name: str, schedule: Schedule, ledger: Ledger, clock: Clock) -> None:
         self.name, self.schedule, self.ledger, self.clock = name, schedule, ledger, clock
         self.began: float | None = None
-        self._keys: set[str] = set()
         self.app = Starlette(
             routes=[
                 Route("/ledger", self._show),
-                Route("/orders/{order}", self._order, methods=["GET", "POST", "PUT"]),
+                Route("/orders/{order}", self._order, methods=list(ledger.trade.methods)),
             ]
         )
 
@@ -93,15 +95,21 @@ class Service:
         return -1.0 if self.began is None else self.clock.now() - self.began
 
     async def _show(self, request: Request) -> Response:
-        return JSONResponse({"received": self.ledger.received, "done": self.ledger.done})
+        return JSONResponse({"received": self.ledger.received, **self.ledger.trade.shown()})
 
     async def _order(self, request: Request) -> Response:
         order: str = request.path_params["order"]
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            # It was cut off before all of it was here: that is no request.
+            return Response("come again\n", 400)
         before = self.ledger.receive(order)
         fate = self.schedule.fate(self.name, self.elapsed(), order, before)
-        asked = self.name == "payment" and request.method == "GET"
-        if fate.works and not asked:
-            self._work(order, request.headers.get("idempotency-key"))
+        status, what = 500, None
+        if fate.works:
+            key = request.headers.get("idempotency-key")
+            status, what = self.ledger.trade.act(request.method, order, json.decode(body or b"{}"), key)
         await self.clock.asleep(HANG if fate.hangs else fate.delay)
         if fate.retry_after is not None:
             return Response(
@@ -109,20 +117,7 @@ class Service:
             )
         if fate.status != 200:
             return Response("something broke\n", fate.status)
-        if self.name == "payment":
-            # The first charge of an order is the one that its receipt is for.
-            charged = self.ledger.done[order]
-            return JSONResponse({"order": order, "charge": f"ch-{order}-1"}, 200 if charged else 404)
-        return JSONResponse({"order": order, "service": self.name})
-
-    def _work(self, order: str, key: str | None) -> None:
-        if self.name == "shipping" and self.ledger.done[order]:
-            return
-        if key is not None:
-            if key in self._keys:
-                return
-            self._keys.add(key)
-        self.ledger.do(order)
+        return JSONResponse(what) if status == 200 else Response(f"{what}\n", status)
 
     def _later(self, seconds: int, as_date: bool) -> str:
         # A date is in whole seconds, rounded up: never earlier than was asked for.
@@ -182,7 +177,7 @@ def serve(
 def main(arguments: list[str]) -> None:
     """What a child process runs: `NAME PORT SEED SECONDS LEDGER`."""
     name, port, seed, seconds, path = arguments
-    service = Service(name, Schedule(int(seed), float(seconds)), Ledger(Path(path)), SystemClock())
+    service = Service(name, Schedule(int(seed), float(seconds)), Ledger(Path(path), name), SystemClock())
 
     def ready(server: object) -> None:
         print("ready", flush=True)

@@ -27,7 +27,8 @@ from resilient.clock import SystemClock
 from resilient.demo.orders import Order
 from resilient.demo.schedule import SERVICES, Schedule
 from resilient.demo.services import LOOPBACK, bound
-from resilient.demo.worker import JOB, JOURNAL, Job
+from resilient.demo.trades import opening
+from resilient.demo.worker import JOB, JOURNAL, Job, books_of
 
 __all__ = ["CLIENT", "ServiceFailed", "Services"]
 
@@ -72,6 +73,7 @@ class Services:
                 self.urls[name] = f"http://{LOOPBACK}:{port.getsockname()[1]}"
             job = Job(self.urls, self.schedule.seconds, self.schedule.patience, self.guarded, list(self.orders))
             (self._folder / JOB).write_bytes(msgspec.json.encode(job))
+            self._open()
             async with asyncio.TaskGroup() as group:
                 for name in (*SERVICES, *self.clients):
                     group.create_task(self._start(name))
@@ -85,6 +87,11 @@ class Services:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
+
+    @property
+    def books(self) -> str:
+        """The URL of the store of the client's sagas."""
+        return books_of(self._folder)
 
     @property
     def journal(self) -> Path:
@@ -107,6 +114,13 @@ class Services:
         """Wait until no service is down, crashes to come included."""
         for keeper in self._keepers:
             await asyncio.shield(keeper)
+
+    def _open(self) -> None:
+        """Begin the ledgers: what is in stock, and whom the services will refuse."""
+        flaws = self.schedule.flaws([order.id for order in self.orders])
+        for name, lines in opening(self.orders, flaws).items():
+            text = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+            (self._folder / f"{name}.ledger").write_bytes(text)
 
     def _command(self, name: str) -> list[object]:
         if name in self.clients:

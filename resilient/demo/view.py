@@ -82,7 +82,7 @@ class Lines:
         ended, tallies = len(progress.outcomes), progress.tallies.values()
         return (
             f"{progress.elapsed:6.1f} s  {ended}/{progress.total} orders: {progress.done} done, "
-            f"{ended - progress.done} failed, {progress.in_flight} in flight; "
+            f"{ended - progress.done} {progress.failed}, {progress.in_flight} in flight; "
             f"{sum(t.sent for t in tallies)} calls, {sum(t.retries for t in tallies)} retries, "
             f"{sum(t.refused for t in tallies)} refused"
         )
@@ -124,7 +124,7 @@ class Board:
             ProgressBar(total=progress.total, completed=ended, width=24, complete_style="cyan", finished_style="green"),
             f"{ended}/{progress.total} orders",
             Text(f"{progress.done} done", style="green"),
-            Text(f"{ended - progress.done} failed", style="red" if ended > progress.done else ""),
+            Text(f"{ended - progress.done} {progress.failed}", style="red" if ended > progress.done else ""),
             f"{progress.in_flight} in flight",
         )
         news = [Text(f"{second:6.1f} s  {text}", style="dim") for second, text in progress.news[-_NEWS:]]

@@ -1,8 +1,9 @@
 """The client as it runs in a process of its own: it places the orders, and can be killed at any moment.
 
-Orders arrive at an even pace and at most `CROWD` are in work at a time. What it does is in its journal; what became of
-each payment is in a SQLite file beside it. A client that starts where another one was killed places what is not over in
-the journal, from the first step on. It ends at once when its input does: its parent is gone. For asyncio.
+Orders arrive at an even pace and at most `CROWD` are in work at a time. What it does is in its journal; its sagas, and
+what became of each payment, are in a SQLite file beside it. A client that starts where another one was killed recovers
+the sagas that were left; without guards it places what is not over in the journal, from the first step on. It ends at
+once when its input does: its parent is gone. For asyncio.
 """
 
 from __future__ import annotations
@@ -10,25 +11,31 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
 
-from resilient import Env, stores
+from resilient import stores
 from resilient.clock import SystemClock
-from resilient.demo.client import Calls, Shop, bare, guards, open_http, place
+from resilient.demo.client import Calls, guards, open_http, place
 from resilient.demo.journal import Journal
 from resilient.demo.numbers import Outcome
 from resilient.demo.orders import Order
+from resilient.demo.saga import Desk, shop
 from resilient.demo.schedule import SERVICES
 
-__all__ = ["CROWD", "JOB", "JOURNAL", "Job", "main", "push", "work"]
+__all__ = ["CROWD", "JOB", "JOURNAL", "Job", "books_of", "main", "push", "work"]
 
 CROWD = 64
-JOB, JOURNAL, PAYMENTS = "client.json", "client.journal", "payments.db"
+JOB, JOURNAL = "client.json", "client.journal"
+
+
+def books_of(folder: Path) -> str:
+    """The URL of the store in which the client keeps its sagas and payments."""
+    return f"sqlite:///{quote(str(folder / 'orders.db'))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +50,45 @@ class Job:
 
 
 async def work(job: Job, folder: Path, began: float) -> None:
-    """Place all orders that are not over yet. Second 0 was at `began`."""
+    """Bring all orders to their end that are not over yet. Second 0 was at `began`."""
     clock = SystemClock()
-    store = stores.open(f"sqlite:///{quote(str(folder / PAYMENTS))}")
     journal = Journal(folder / JOURNAL, clock.now)
     try:
         async with open_http(job.patience, job.urls.values()) as http:
             calls = Calls(http, job.urls, journal)
+            gap = job.seconds / len(job.orders)
             if job.guarded:
-                shop = guards(calls, Env(sinks=[journal]), job.patience, store, journal.post)
+                await _guarded(job, folder, calls, clock, journal, began, gap)
             else:
-                shop = bare(calls)
-            journal.start(list(SERVICES) if job.guarded else [])
-            await push(job.orders, shop, clock, journal, began, job.seconds / len(job.orders))
+                journal.start([])
+                await push(job.orders, lambda order, due: place(order, calls, clock, due), clock, journal, began, gap)
     finally:
         journal.close()
+
+
+async def _guarded(
+    job: Job, folder: Path, calls: Calls, clock: SystemClock, journal: Journal, began: float, gap: float
+) -> None:
+    store = stores.open(books_of(folder))
+    try:
+        desk = Desk(store, journal, clock)
+        shop.set(guards(calls, desk.env, job.patience, store, journal.post))
+        journal.start(list(SERVICES))
+        await desk.look()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(desk.recover())
+            await push(job.orders, desk.place, clock, journal, began, gap)
+    finally:
         store.close()
 
 
 async def push(
-    orders: Sequence[Order], shop: Shop, clock: SystemClock, journal: Journal, began: float, gap: float
+    orders: Sequence[Order],
+    place: Callable[[Order, float], Awaitable[Outcome]],
+    clock: SystemClock,
+    journal: Journal,
+    began: float,
+    gap: float,
 ) -> None:
     """Place the orders, each when it is due, or as soon after that as there is room."""
     crowd = asyncio.Semaphore(CROWD)
@@ -70,7 +96,7 @@ async def push(
     async def one(order: Order, due: float) -> None:
         async with crowd:
             journal.place(order.id)
-            journal.end(await place(order, shop, clock, due))
+            journal.end(await place(order, due))
 
     async with asyncio.TaskGroup() as group:
         for number, order in enumerate(orders):
