@@ -206,6 +206,22 @@ def test_text_that_postgresql_cannot_keep_is_a_clear_error_and_nothing_is_writte
     assert store.execute(Scan()) == Page((), "")
 
 
+def test_a_number_that_postgresql_cannot_keep_is_a_clear_error_and_nothing_is_written(store: PostgresStore) -> None:
+    mine = store.execute(Claim("k", "a", 30.0))
+    before = store.execute(Read("k"))
+    with pytest.raises(StoreError, match="a number is out of range") as caught:
+        store.execute(Finish("k", "a", mine.fence + 2**63, b"x", 30.0))
+    assert not caught.value.maybe_written
+    assert store.execute(Read("k")) == before
+
+
+def test_numbers_may_be_whole_and_bytes_of_any_kind(store: PostgresStore) -> None:
+    result: Any = memoryview(b"result")
+    mine = store.execute(Claim("k", "a", 30))
+    assert store.execute(Finish("k", "a", mine.fence, result, 30)) is True
+    assert result_of(store.execute(Read("k"))) == b"result"
+
+
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 

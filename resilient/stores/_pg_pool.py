@@ -19,6 +19,7 @@ from psycopg.rows import tuple_row
 
 from resilient._park import Park
 from resilient.clock import SystemClock
+from resilient.stores._pg_ask import AsyncAsked, SyncAsked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,14 +56,14 @@ def _bounded(steps: Generator[Any, Any, R], until: float) -> Generator[Any, Any,
 
 
 class _Ours:
-    """What our connections have beside psycopg's: an end of waiting, and a cursor for each statement."""
+    """What our connections have beside psycopg's: an end of waiting, and what is kept for each statement."""
 
     pgconn: Any
     until: float = float("inf")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cursors: dict[bytes, Any] = {}
+        self.asked: dict[bytes, Any] = {}
         self._farewell = select.poll()
         self._farewell.register(self.pgconn.socket, select.POLLIN)
 
@@ -72,7 +73,7 @@ class _Ours:
     def end(self) -> None:
         """Close it now, in whatever state it is; works outside of the loop too."""
         self.pgconn.finish()
-        self.cursors.clear()
+        self.asked.clear()
 
     def usable(self) -> bool:
         """Whether the server is silent: all that it says to an idle session of ours is farewell."""
@@ -188,12 +189,12 @@ class SyncLane(_Lane[SyncConnection]):
             raise
         return connection
 
-    def cursor(self, connection: SyncConnection, sql: bytes) -> psycopg.Cursor[Any]:
-        """The cursor that this connection keeps for this statement."""
-        cursor: psycopg.Cursor[Any] | None = connection.cursors.get(sql)
-        if cursor is None:
-            cursor = connection.cursors[sql] = connection.cursor()
-        return cursor
+    def cursor(self, connection: SyncConnection, sql: bytes) -> SyncAsked:
+        """What this connection keeps for this statement."""
+        asked: SyncAsked | None = connection.asked.get(sql)
+        if asked is None:
+            asked = connection.asked[sql] = SyncAsked(connection.pgconn, sql, len(connection.asked), connection.wait)
+        return asked
 
     def settle(self, connection: SyncConnection) -> None:
         """Nothing: the statement was a transaction of its own."""
@@ -229,12 +230,12 @@ class AsyncLane(_Lane[AsyncConnection]):
             raise
         return connection
 
-    def cursor(self, connection: AsyncConnection, sql: bytes) -> psycopg.AsyncCursor[Any]:
-        """The cursor that this connection keeps for this statement."""
-        cursor: psycopg.AsyncCursor[Any] | None = connection.cursors.get(sql)
-        if cursor is None:
-            cursor = connection.cursors[sql] = connection.cursor()
-        return cursor
+    def cursor(self, connection: AsyncConnection, sql: bytes) -> AsyncAsked:
+        """What this connection keeps for this statement."""
+        asked: AsyncAsked | None = connection.asked.get(sql)
+        if asked is None:
+            asked = connection.asked[sql] = AsyncAsked(connection.pgconn, sql, len(connection.asked), connection.wait)
+        return asked
 
     async def settle(self, connection: AsyncConnection) -> None:
         """Nothing: the statement was a transaction of its own."""
