@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from contextlib import ExitStack
 from typing import Any
@@ -21,6 +22,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class Page:
+    """A page as a module, so that its functions are found by name, as those of a program are."""
+
+    __slots__ = ("_namespace",)
+
+    def __init__(self, namespace: dict[str, Any]) -> None:
+        namespace["__name__"] = "page"
+        self._namespace = namespace
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        return self._namespace
+
+
 def setup(namespace: dict[str, Any]) -> None:
     from resilient.stores._open import forget_shared
     from resilient.testing import instant
@@ -31,6 +46,8 @@ def setup(namespace: dict[str, Any]) -> None:
     stack.callback(os.chdir, os.getcwd())
     os.chdir(folder)
     stack.callback(forget_shared)
+    stack.callback(sys.modules.pop, "page", None)
+    sys.modules["page"] = Page(namespace)  # type: ignore[assignment]
 
 
 def teardown(namespace: dict[str, Any]) -> None:
