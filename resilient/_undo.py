@@ -167,15 +167,17 @@ def unwind(
             error = TimeoutError("it was not begun: the time for compensations was over")
         else:
             step_key.set(f"{saga}/{id}/{undo.number}")
-            outcome: Outcome = yield Do(guarded, undo.bound(), {})
-            error = outcome.error
-            if error is not None and not isinstance(error, Exception) and not undoing.over:
-                # An interrupt says nothing about the compensation: it runs once more, to its end.
-                if not (undoing.alone and _is_cancel(error)):
-                    cut = error
-                outcome = yield Do(guarded, undo.bound(), {})
+            try:
+                outcome: Outcome = yield Do(guarded, undo.bound(), {})
                 error = outcome.error
-            step_key.set(outer)
+                if error is not None and not isinstance(error, Exception) and not undoing.over:
+                    # An interrupt says nothing about the compensation: it runs once more, to its end.
+                    if not (undoing.alone and _is_cancel(error)):
+                        cut = error
+                    outcome = yield Do(guarded, undo.bound(), {})
+                    error = outcome.error
+            finally:
+                step_key.set(outer)
         if error is not None:
             if not isinstance(error, Exception):
                 error = _failure(error, undoing.over)
