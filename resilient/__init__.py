@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from resilient import sagas as sagas
     from resilient import stores as stores
     from resilient import testing as testing
+    from resilient._barrier import abarrier as abarrier
+    from resilient._barrier import abarrier_schema as abarrier_schema
+    from resilient._barrier import barrier as barrier
+    from resilient._barrier import barrier_schema as barrier_schema
     from resilient.breaker import BreakerOpen as BreakerOpen
     from resilient.breaker import CircuitBreaker as CircuitBreaker
     from resilient.breaker import Consecutive as Consecutive
@@ -90,6 +94,7 @@ if TYPE_CHECKING:
     from resilient.timeout import remaining as remaining
 
 _HOMES = {
+    "_barrier": ("abarrier", "abarrier_schema", "barrier", "barrier_schema"),
     "breaker": ("BreakerOpen", "CircuitBreaker", "Consecutive", "FailureRate", "SlowRate"),
     "bulkhead": ("Bulkhead",),
     "clock": ("Clock",),
