@@ -136,6 +136,48 @@ def test_those_who_come_during_a_commit_share_the_next(store: SQLiteStore) -> No
     assert [type(answers[number]) for number in range(21)] == [Acquired] * 11 + [Busy] * 10
 
 
+def test_threads_that_were_answered_together_are_waited_for(store: SQLiteStore) -> None:
+    gate, callers, group = Gate(store), Callers(store), store._group
+    group._crowd, group._patience = 3, 1000.0
+    callers.call(Claim("first", "a", 10.0))
+    while not group._expected:
+        CLOCK.sleep(0.0005)
+    assert gate.seen == []
+    for number in range(2):
+        callers.call(Claim(str(number), "a", 10.0))
+        callers.queued(number)
+    assert all(isinstance(answer, Acquired) for answer in callers.end().values())
+    assert gate.seen.count("COMMIT") == 1
+    assert (group._crowd, group._expected) == (3, 0)
+    assert group._patience < 1
+
+
+def test_threads_that_do_not_come_are_waited_for_once(store: SQLiteStore) -> None:
+    group = store._group
+    group._crowd, group._patience = 3, 0.001
+    assert isinstance(store.execute(Claim("k", "a", 10.0)), Acquired)
+    assert (group._crowd, group._expected) == (0, 0)
+    group._crowd, group._patience = 1, 1000.0  # whoever was expected has come already
+    assert store.execute(Finish("k", "a", 0, b"", 10.0)) is True
+    assert group._crowd == 0
+
+
+def test_one_who_waits_for_others_can_be_interrupted(store: SQLiteStore) -> None:
+    group = store._group
+    group._crowd, group._patience = 3, 1000.0
+    before = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(Poke()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Poke):
+            store.execute(Claim("mine", "me", 10.0))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert group._leader is None
+    assert group._expected == 0
+    group._crowd = 0
+    assert store.execute(Read("mine")) is None
+
+
 def test_nobody_is_told_before_the_commit(store: SQLiteStore) -> None:
     gate, callers = Gate(store), Callers(store)
     inside, go = gate.hold("COMMIT")

@@ -40,6 +40,8 @@ _CLAIMS = frozenset((Claim, Begin))
 _TWICE = frozenset((Begin, Append))
 """Operations that write twice, and may fail in between. A `StoreError` comes before."""
 
+_LINGER = 0.005  # seconds that a thread waits at most for those who are expected
+
 _PATIENCE = 5.0  # seconds that a fork waits for what is running
 _clock = SystemClock()
 
@@ -66,6 +68,9 @@ class Group:
         self._leader: Job | None = None
         self._batch: Sequence[Job] = ()
         self._current: Sequence[Job] = ()
+        self._expected = 0  # so many in the queue, and who gathers need not wait any more
+        self._patience = 0.0005
+        self._crowd = 0  # threads that were answered together
         self._fresh = False  # the last claim found no record: the next is tried at once, without a look
         self.stage = _IDLE  # anything else while somebody commits: who only looks does so beside it
         self._writer: Helper | None = None
@@ -81,10 +86,16 @@ class Group:
                 else:
                     bell = job.waits()
                     self._queue.append(job)
+                    if len(self._queue) == self._expected:
+                        ring(self._leader.bell)
             if bell is None and job.op is not None:
-                self._alone(job)
+                if self._crowd:
+                    self._gather(job)
+                else:
+                    self._alone(job)
                 with self._mutex:
                     if not self._queue:
+                        self._batch = ()
                         self._leader = None
                 if self._leader is job:
                     self._pass_on()
@@ -190,14 +201,39 @@ class Group:
             if answer is not True:  # what an entry is answered, and no claim
                 self._fresh = type(answer) is Acquired
 
-    def _lead(self) -> None:
+    def _gather(self, job: Job) -> None:
+        """Lead as the first of threads that were answered together, and are likely to come back together.
+
+        Without them the first would commit alone each time, and the disk would be waited for twice as often. Whoever
+        completes the crowd rings; if nobody does, it was in vain for half the time that a commit takes, once.
+        """
+        bell = job.waits()
+        self._expected = crowd = self._crowd - 1
+        if len(self._queue) < crowd:
+            bell.acquire(True, self._patience)
+        self._expected = 0
+        began = _clock.now()
+        batch = self._take(job)
+        if len(batch) > 1:
+            self._work(batch)
+            self._patience = min((_clock.now() - began) / 2, _LINGER)
+        else:
+            self._alone(job)
+
+    def _take(self, *first: Job) -> Sequence[Job]:
+        """What is to be done now: who leads, if he is not in the queue, and all who are."""
         queue = self._queue
         with self._mutex:
             # Listed first, then removed: an interrupt in between finds a job here, there, or in both.
-            batch = self._batch = list(takewhile(_runs, queue))
-            for _ in batch:
+            queued = list(takewhile(_runs, queue))
+            batch = self._batch = [*first, *queued]
+            for _ in queued:
                 queue.popleft()
-        self._work(batch)
+        self._crowd = sum(type(job) is Job for job in batch) if len(batch) > 1 else 0
+        return batch
+
+    def _lead(self) -> None:
+        self._work(self._take())
         self._pass_on()
 
     def _shut(self, job: Job) -> None:
@@ -342,6 +378,7 @@ class Group:
         if job is _TASKS:
             self._call()  # it may have been about to
             return
+        self._expected = 0
         writer = self._file.writer
         if self.stage == _ALONE:
             job.answer = True  # perhaps; a bell too often does no harm
