@@ -16,14 +16,6 @@ from resilient import DurableSaga
 from resilient.engines import LocalEngine
 from tests import _engines as engines
 from tests._engines import conduct, dbos, on_dbos, on_dbos_plain, on_memory, on_memory_plain, on_temporal, serve
-    conduct,
-    dbos,
-    on_dbos,
-    on_dbos_plain,
-    on_memory,
-    on_memory_plain,
-    on_temporal,
-)
 
 _numbers = itertools.count()
 
