@@ -88,7 +88,7 @@ def in_threads(run: Run, made: list[tuple[Undo, Any]]) -> list[Outcome]:
     for (undo, function), job, outcome in zip(made, jobs, outcomes, strict=False):
         outcome.value, outcome.error, job.error = job.value, job.error, None
         if outcome.error is None and hasattr(job.value, "__await__"):
-            outcome.error = unawaited(run.name, function, job.value)
+            outcome.error = unawaited(function, job.value)
         if outcome.error is None:
             undo.value = outcome.value
     for (undo, _), outcome in zip(made, outcomes, strict=True):

@@ -9,7 +9,7 @@ import os
 import weakref
 from collections.abc import Callable, Generator
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from msgspec import Struct
 
@@ -171,13 +171,17 @@ class Run:
         """The branches of a group: what undoes each, and its function. All are checked before any has a number."""
         made: list[tuple[Undo, Any]] = []
         for one in given:
+            function: Any
             if type(one) is Branch:
-                self._check(one.function, one.compensate, "before")
-                function, undo = one.function, Undo(0, one.name or "", one.compensate, one.args, one.kwargs)
+                beside = cast("Branch[Any]", one)
+                function = beside.function
+                self._check(function, beside.compensate, "before")
+                undo = Undo(0, beside.name or "", beside.compensate, beside.args, beside.kwargs)
             else:
-                function, *args = (one or (None,)) if isinstance(one, tuple) else (one,)
+                parts = cast("tuple[Any, ...]", one) if isinstance(one, tuple) else (one,)
+                function = parts[0] if parts else None
                 self._check(function, MISSING, "before")
-                undo = Undo(0, "", None, tuple(args), {})
+                undo = Undo(0, "", None, parts[1:], {})
             if self._book is None:
                 undo.name = undo.name or called(function)
             made.append((undo, function))
@@ -201,9 +205,9 @@ class Run:
         if not errors:
             return
         first = min(errors, key=_rank)
-        for other in errors:
-            if other is not first and isinstance(other, Exception):
-                first.add_note(f"resilient: another branch failed as well: {other!r}")
+        others = [repr(other) for other in errors if other is not first and isinstance(other, Exception)]
+        for said in others:
+            first.add_note(f"resilient: another branch failed as well: {said}")
         if self._book is not None:
             self._failed = first
         try:
@@ -234,12 +238,12 @@ def title(function: Any, name: str | None) -> str:
     return called(function) if name is None else name
 
 
-def unawaited(saga: str, function: Any, value: Any) -> TypeError:
-    """The error of a plain saga whose step or branch is async."""
+def unawaited(function: Any, value: Any = None) -> TypeError:
+    """The error of a plain saga with a step that is async; `value` will never be awaited."""
     close = getattr(value, "close", None)
-    if callable(close):
+    if close is not None:
         close()
-    return TypeError(f"step {called(function)} is async, and saga {saga} is not: use `async with`")
+    return TypeError(f"step {called(function)} is async, and its saga is not: use `async with`")
 
 
 def raw(data: bytes) -> Any:
@@ -267,6 +271,8 @@ def guarded(function: Any, retry: Retry | None, timeout: float | None, env: Env,
         timeout = seconds("timeout", timeout)
     if is_async is None:
         is_async = kind_of(function) == "coro"
+    elif not is_async and kind_of(function) == "coro":
+        raise unawaited(function)
     return partial(_shell(called(function), retry, timeout, env, is_async), function)
 
 
@@ -286,7 +292,10 @@ def _shell(name: str, retry: Retry | None, timeout: float | None, env: Env, is_a
 
 
 def _through(function: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
+    value = function(*args, **kwargs)
+    if hasattr(value, "__await__"):
+        raise unawaited(function, value)
+    return value
 
 
 async def _athrough(function: Any, /, *args: Any, **kwargs: Any) -> Any:

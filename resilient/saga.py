@@ -373,7 +373,7 @@ class SagaRun(Run):
         try:
             value: R = run(*args, **kwargs)
             if hasattr(value, "__await__"):
-                raise unawaited(self._saga.name, function, value)
+                raise unawaited(function, value)
         finally:
             self._active = 0
         if undo is not None:
@@ -383,7 +383,7 @@ class SagaRun(Run):
         return value
 
     def _noted(self, undo: Undo, function: Any, run: Any, register: str) -> Any:
-        book = self._book
+        book, form = self._book, None
         undo.number = number = self._number + 1
         if book is not None:
             place = name_of(function, "the step")
@@ -405,9 +405,9 @@ class SagaRun(Run):
         try:
             value = run(*undo.args, **undo.kwargs)
             if hasattr(value, "__await__"):
-                raise unawaited(self._saga.name, function, value)
+                raise unawaited(function, value)
             undo.value = value
-            if book is not None:
+            if book is not None and form is not None:
                 book.pending[number] = raw(form.keep(value))
         except BaseException as error:
             if book is not None:
@@ -537,7 +537,7 @@ class AsyncSagaRun(Run):
         return value
 
     async def _anoted(self, undo: Undo, function: Any, run: Any, register: str) -> Any:
-        book = self._book
+        book, form = self._book, None
         undo.number = number = self._number + 1
         if book is not None:
             place = name_of(function, "the step")
@@ -558,7 +558,7 @@ class AsyncSagaRun(Run):
             self._stack.append(undo)
         try:
             undo.value = value = await self._awaited(run, undo.args, undo.kwargs)
-            if book is not None:
+            if book is not None and form is not None:
                 book.pending[number] = raw(form.keep(value))
         except BaseException as error:
             if book is not None:
