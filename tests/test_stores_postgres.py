@@ -44,6 +44,7 @@ from resilient.stores import (
 )
 from resilient.stores._pg_sql import MIGRATIONS
 from resilient.testing import store_contract
+from tests._postgres_child import claim_in_a_process, first_claim
 from tests._servers import postgres_database
 
 CLOCK = SystemClock()
@@ -225,19 +226,6 @@ def test_numbers_may_be_whole_and_bytes_of_any_kind(store: PostgresStore) -> Non
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def first_claim(url: str, name: str, barrier: Any) -> bool:
-    made = PostgresStore(url, prefix=name)
-    barrier.wait()
-    try:
-        return type(made.execute(Claim("k", f"owner-{id(made)}", 30.0))) is Acquired
-    finally:
-        made.close()
-
-
-def _claim_in_a_process(url: str, name: str, barrier: Any, answers: Any) -> None:
-    answers.put(first_claim(url, name, barrier))
-
-
 def test_ten_threads_and_three_processes_start_on_an_empty_database_and_one_gets_the_key(database: str) -> None:
     count, name = 10, prefix()
     barrier = threading.Barrier(count)
@@ -247,7 +235,7 @@ def test_ten_threads_and_three_processes_start_on_an_empty_database_and_one_gets
     spawn = multiprocessing.get_context("spawn")
     gate, answers = spawn.Barrier(3), spawn.Queue()
     arguments = (database, prefix(), gate, answers)
-    processes = [spawn.Process(target=_claim_in_a_process, args=arguments) for _ in range(3)]
+    processes = [spawn.Process(target=claim_in_a_process, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     assert sorted(answers.get(timeout=60) for _ in processes) == [False] * 2 + [True]

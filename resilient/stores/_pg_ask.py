@@ -1,7 +1,7 @@
 """One statement on one connection of the store's own, without a cursor: prepared once, then only values travel.
 
-Does what psycopg's cursors would do with it, by the same wire library, for two thirds of the cost: values are written by the
-names of their parameters, as binary, and nothing is looked up. A statement is used by whoever has its connection.
+Does what psycopg's cursors would do with it, by the same wire library, for two thirds of the cost: values are written
+by the names of their parameters, as binary, and nothing is looked up. Used by whoever has the connection.
 """
 
 from __future__ import annotations
