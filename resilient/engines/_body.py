@@ -51,6 +51,8 @@ class _Whole(Nested):
 class _Orders(Run):
     """What runs of both kinds share."""
 
+    _undo: Callable[[Undo], Any]
+
     def __init__(self, saga: Saga, carry: Callable[[Order], Any], undoing: Told, now: Callable[[], float]) -> None:
         super().__init__(saga)
         self._carry, self._undoing, self._now = carry, undoing, now
@@ -91,9 +93,6 @@ class _Orders(Run):
         if self._until is not None:
             order.left, order.limit = self._until - self._now(), self._saga.timeout
 
-    def _undo(self, undo: Undo) -> Any:
-        raise NotImplementedError
-
     def undo_order(self, undo: Undo) -> Order:
         """The order that undoes a step."""
         place, how = self._steps[undo.number]
@@ -116,10 +115,7 @@ class _Orders(Run):
             finally:
                 del problem, answer
         assert answer.data is not None
-        value, error = form_of_result(function, undo.name).outcome(answer.data)
-        if error is not None:
-            raise error
-        undo.value = value
+        undo.value = value = form_of_result(function, undo.name).outcome(answer.data)[0]
         return value
 
     def _undone(self, undo: Undo, answer: Answer) -> None:
@@ -134,6 +130,11 @@ class _Orders(Run):
             raise problem
         finally:
             del problem, answer
+
+    def _happened(self, undo: Undo, register: str) -> None:
+        """A step that was cancelled has ended well all the same: it is undone, though registered after it only."""
+        if register == "after" and undo.compensate is not None and undo.number in self._results:
+            self._stack.append(undo)
 
     def _made(self, args: Any, kwargs: Any, compensate: Any, name: str | None) -> Undo:
         self._number = number = self._number + 1
@@ -170,9 +171,7 @@ class AsyncRun(_Orders, AsyncSagaRun):
             value = self._value(undo, function, await self._carry(order))
         except BaseException as error:
             self._failed = error
-            if register == "after" and undo.compensate is not None and undo.number in self._results:
-                # Cancelled, and yet it has ended well.
-                self._stack.append(undo)
+            self._happened(undo, register)
             raise
         finally:
             self._active = 0
@@ -236,6 +235,7 @@ class SyncRun(_Orders, SagaRun):
             value = self._value(undo, function, self._carry(order))
         except BaseException as error:
             self._failed = error
+            self._happened(undo, register)
             raise
         finally:
             self._active = 0

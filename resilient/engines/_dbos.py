@@ -21,7 +21,9 @@ from dbos._dbos import _get_dbos_instance
 from dbos._error import (
     DBOSAwaitedWorkflowCancelledError,
     DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded,
+    DBOSUnexpectedStepError,
     DBOSWorkflowCancelledError,
+    DBOSWorkflowConflictIDError,
 )
 from dbos._serialization import (
     DefaultSerializer,
@@ -97,6 +99,7 @@ class Attempts:
     def __init__(self, order: Order) -> None:
         self.order = order
         self.made = 0
+        self.text: str | None = None
         self.began = SYSTEM.clock.now()
 
     def failed(self, error: Exception) -> str:
@@ -114,16 +117,18 @@ class Attempts:
 
 async def _step(order: Order, attempts: Attempts) -> str:
     try:
-        return _text(Kept(ok=Raw(await perform(order, SYSTEM))))
+        attempts.text = _text(Kept(ok=Raw(await perform(order, SYSTEM))))
     except Exception as error:
         return attempts.failed(error)
+    return attempts.text
 
 
 def _plain_step(order: Order, attempts: Attempts) -> str:
     try:
-        return _text(Kept(ok=Raw(perform_sync(order, SYSTEM))))
+        attempts.text = _text(Kept(ok=Raw(perform_sync(order, SYSTEM))))
     except Exception as error:
         return attempts.failed(error)
+    return attempts.text
 
 
 def options_of(order: Order, is_async: bool) -> Any:
@@ -152,30 +157,43 @@ class Carrier:
         """Carry out an order, in a coroutine."""
         if self.gone is not None:
             return Answer(gone=self.gone)
-        step = functools.partial(_step, order, Attempts(order))
+        attempts = Attempts(order)
+        step = functools.partial(_step, order, attempts)
         try:
-            text = await DBOS.run_step_async(options_of(order, True), _marked(step))
-        except DBOSWorkflowCancelledError as gone:
-            self.gone = gone
-            return Answer(gone=gone)
-        except asyncio.CancelledError as gone:
-            if order.undo is None:
-                raise
-            # The process ends: the next one goes on from here.
-            self.gone = gone
-            return Answer(gone=gone)
-        return _answer(text)
+            return _answer(await DBOS.run_step_async(options_of(order, True), _marked(step)))
+        except BaseException as error:
+            return self._over(order, attempts, error)
 
     def plain(self, order: Order) -> Answer:
         """The same, in a thread."""
         if self.gone is not None:
             return Answer(gone=self.gone)
+        attempts = Attempts(order)
         try:
-            text = DBOS.run_step(options_of(order, False), functools.partial(_plain_step, order, Attempts(order)))
-        except DBOSWorkflowCancelledError as gone:
-            self.gone = gone
-            return Answer(gone=gone)
-        return _answer(text)
+            return _answer(DBOS.run_step(options_of(order, False), functools.partial(_plain_step, order, attempts)))
+        except BaseException as error:
+            return self._over(order, attempts, error)
+
+    def _over(self, order: Order, attempts: Attempts, error: BaseException) -> Answer:
+        """What an error of DBOS's own means. It is raised if it is for this order alone."""
+        answer = Answer() if attempts.text is None else _answer(attempts.text)
+        if isinstance(error, DBOSWorkflowConflictIDError) and _is_cancelled():
+            # It was cancelled while the step ran, and so the step was not recorded.
+            error = DBOSWorkflowCancelledError(f"{error}: it is cancelled")
+        elif isinstance(error, DBOSUnexpectedStepError):
+            text = f"the body departs from what DBOS recorded, and nothing was run: {error}"
+            error = _failure(Incompatible(text, order.saga, order.id))
+        elif not isinstance(error, DBOSWorkflowCancelledError) and order.undo is None:
+            raise error
+        # (A compensation that is cut off is for the process that goes on from here.)
+        self.gone = answer.gone = error
+        return answer
+
+
+def _is_cancelled() -> bool:
+    workflow = DBOS.workflow_id
+    status = contextvars.Context().run(lambda: _get_dbos_instance()._sys_db.get_workflow_status(str(workflow)))
+    return status is not None and status["status"] == "CANCELLED"
 
 
 def _answer(text: str) -> Answer:
@@ -270,15 +288,13 @@ class DBOSBody(EngineBody):
     """A durable saga's body on DBOS. `workflow` is the DBOS workflow."""
 
     workflow: Any
+    _workflow: Callable[[], Callable[[str], Any]]
 
     def __init__(self, engine: DBOSEngine, durable: DurableSaga, body: Callable[..., Any], is_async: bool) -> None:
         super().__init__(durable, body, is_async)
         self.engine = engine
         decorate = _decorate(name=self.name, max_recovery_attempts=durable.attempts)
         self.workflow = decorate(self._workflow())
-
-    def _workflow(self) -> Callable[[str], Any]:
-        raise NotImplementedError
 
     def _begun(self, given: str) -> tuple[Given, list[Any], dict[str, Any]]:
         got: Given = _read(given, Given)
@@ -356,6 +372,10 @@ class AsyncBody(DBOSBody):
 
         given = self._given(id, args, kwargs)
         (ending, mine), came = await sheltered(False, math.inf, self._start, id, given)
+        return await self._waited(ending, mine, came, id)
+
+    async def _waited(self, ending: asyncio.Task[Any], mine: bool, came: bool, id: str) -> Any:
+        """Wait for the saga; `came`: the caller is cancelled, which goes for a saga that is `mine`."""
         try:
             if came:
                 raise asyncio.CancelledError

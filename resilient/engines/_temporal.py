@@ -225,6 +225,10 @@ class TemporalBody(EngineBody):
 
         given = plain(self.written(id, args, kwargs))
         (handle, mine), came = await sheltered(False, math.inf, self._start, given)
+        return await self._waited(handle, mine, came, id)
+
+    async def _waited(self, handle: WorkflowHandle[Any, Any], mine: bool, came: bool, id: str) -> Any:
+        """Wait for the saga; `came`: the caller is cancelled, which goes for a saga that is `mine`."""
         try:
             if came:
                 raise asyncio.CancelledError

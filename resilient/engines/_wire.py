@@ -195,9 +195,8 @@ def bound(order: Order) -> tuple[Any, Any, Any, Callable[[Any], bytes]]:
         return function, args, kwargs, result_form(function, order.function).keep
     value: Any = UNKNOWN
     if order.result is not UNSET:
-        value, error = result_form(function, order.function).outcome(bytes(order.result))
-        if error is not None:
-            raise StoreError("there is an error where the value of a step should be")
+        # (`StoreError` for anything but a value.)
+        value = result_form(function, order.function).outcome(bytes(order.result))[0]
     undo = revived(Step(order.number, order.name, order.key, order.undo), value)
     return *undo.bound(), _nothing
 
