@@ -274,18 +274,22 @@ async def together(calls: list[Callable[[], Awaitable[Any]]]) -> None:
     if in_trio():
         import trio
 
-        async with trio.open_nursery() as nursery:
+        try:
+            async with trio.open_nursery() as nursery:
 
-            async def run(call: Callable[[], Awaitable[Any]]) -> None:
-                try:
-                    await call()
-                except trio.Cancelled:
-                    raise
-                except BaseException:
-                    nursery.cancel_scope.cancel()
+                async def run(call: Callable[[], Awaitable[Any]]) -> None:
+                    try:
+                        await call()
+                    except trio.Cancelled:
+                        raise
+                    except BaseException:
+                        nursery.cancel_scope.cancel()
 
-            for call in calls:
-                nursery.start_soon(run, call)
+                for call in calls:
+                    nursery.start_soon(run, call)
+        except BaseExceptionGroup:
+            # Cancels, and nothing else: one is enough.
+            await trio.lowlevel.checkpoint_if_cancelled()
         return
     import asyncio
 

@@ -173,12 +173,12 @@ class Run:
         for one in given:
             function: Any
             if type(one) is Branch:
-                beside = cast("Branch[Any]", one)
+                beside = cast(Any, one)
                 function = beside.function
                 self._check(function, beside.compensate, "before")
                 undo = Undo(0, beside.name or "", beside.compensate, beside.args, beside.kwargs)
             else:
-                parts = cast("tuple[Any, ...]", one) if isinstance(one, tuple) else (one,)
+                parts: tuple[Any, ...] = tuple(cast(Any, one)) if isinstance(one, tuple) else (one,)
                 function = parts[0] if parts else None
                 self._check(function, MISSING, "before")
                 undo = Undo(0, "", None, parts[1:], {})
