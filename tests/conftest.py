@@ -25,7 +25,7 @@ def redis_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A real server, started when the first test asks for it."""
-    with postgres_server() as url:
+    with postgres_server(fsync=False) as url:
         yield url
 
 
