@@ -30,6 +30,7 @@ __all__ = [
     "call_form",
     "called_by",
     "found",
+    "module_of",
     "name_of",
     "read",
     "result_form",
@@ -114,13 +115,23 @@ def vouch_for(module: str) -> None:
     _vouched.add(module)
 
 
+def module_of(function: Any) -> str:
+    """The module under which other processes find a function: that of `python -m shop` is `shop`, not `__main__`."""
+    module = str(getattr(function, "__module__", None))
+    return (_main() or module) if module == "__main__" else module
+
+
+def _main() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return "" if spec is None else str(spec.name)
+
+
 def name_of(function: Any, what: str) -> str:
     """The name under which `function` is found again; `TypeError` if it is not, since then it cannot be called."""
-    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    name = f"{module}:{qualname}"
+    name = f"{module_of(function)}:{getattr(function, '__qualname__', None)}"
     if _recorded.get(name) is function:
         return name
-    if not isinstance(module, str) or not isinstance(qualname, str) or _look(name) is not function:
+    if _look(f"{getattr(function, '__module__', None)}:{name.partition(':')[2]}") is not function:
         raise TypeError(
             f"{what} {function!r} cannot be recorded: only functions at the top of a module, or static methods of its "
             "classes, are found again by name in another process"
@@ -143,7 +154,7 @@ def found(name: str) -> Any:
     function = _look(name)
     if not callable(function) or isinstance(function, type):
         raise LookupError(f"there is no function {name} here: its module is not imported, or has it no more")
-    if f"{getattr(function, '__module__', None)}:{getattr(function, '__qualname__', None)}" != name:
+    if f"{module_of(function)}:{getattr(function, '__qualname__', None)}" != name:
         raise LookupError(f"{name} is a function of another module, which the journal must name")
     return function
 
@@ -152,6 +163,8 @@ def _look(name: str) -> Any:
     """What stands at `module:qualname`, in modules that are imported. No code runs: neither imports nor properties."""
     module, _, qualname = name.partition(":")
     place: Any = cast(Any, sys.modules.get(module))
+    if place is None and module == _main():
+        place = sys.modules["__main__"]
     for part in qualname.split("."):
         try:
             place = cast(Any, vars(place)[part])

@@ -18,7 +18,7 @@ from msgspec import Raw, UnsetType
 from resilient._book import Book
 from resilient._drive import Outcome, Program, adrive, drive
 from resilient._guard import kind_of
-from resilient._journal import CallForm, result_form, vouch_for, write
+from resilient._journal import CallForm, module_of, result_form, vouch_for, write
 from resilient._run import Run, raw, task_keeper, thread_keeper
 from resilient._settle import apply_async, apply_sync, never, rollback, settle
 from resilient._takeover import Again, Elsewhere, Ended, Rules, enter
@@ -97,7 +97,7 @@ class DurableSaga:
     def __call__(self, body: Callable[..., Any], /) -> DurableBody:
         """Make `body` the body of this saga. `ValueError` if another one has its name."""
         # What the body's own package has may be named by its journals.
-        vouch_for(body.__module__.partition(".")[0])
+        vouch_for(module_of(body).partition(".")[0])
         if self.engine is not None:
             bound: DurableBody = self.engine.bind(self, body)
             return bound
@@ -122,7 +122,7 @@ class DurableSaga:
 
 
 def _place(function: Any) -> str:
-    return f"{function.__module__}:{function.__qualname__}"
+    return f"{module_of(function)}:{function.__qualname__}"
 
 
 class DurableBody:

@@ -646,6 +646,32 @@ def test_a_module_that_is_vouched_for_may_be_named(spy: Spy, monkeypatch: pytest
     vars(EVIL)["struck"].clear()
 
 
+def test_what_a_module_does_that_is_run_is_found_by_the_name_that_others_import(
+    spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m shop`: its functions are of `__main__` there, and of `shop` elsewhere."""
+    shop = types.ModuleType("__main__")
+    exec("def strike(name): struck.append(name)\nstruck = []", vars(shop))
+    shop.__spec__ = types.SimpleNamespace(name="shop_of_tests")  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "__main__", shop)
+    monkeypatch.setattr(journal, "_vouched", {"shop_of_tests"})
+    strike = vars(shop)["strike"]
+    assert journal.module_of(strike) == "shop_of_tests"
+    assert journal.found("shop_of_tests:strike") is strike
+    assert journal.name_of(strike, "the step") == "shop_of_tests:strike"
+    shop.__spec__ = None
+    assert journal.module_of(strike) == "__main__"
+    # Imported under its own name as well, it is there twice.
+    twin = types.ModuleType("shop_of_tests")
+    exec("def strike(name): ...", vars(twin))
+    monkeypatch.setitem(sys.modules, "shop_of_tests", twin)
+    monkeypatch.setattr(journal, "_recorded", {})
+    shop.__spec__ = types.SimpleNamespace(name="shop_of_tests")  # type: ignore[assignment]
+    assert journal.name_of(strike, "the step") == "shop_of_tests:strike"
+    monkeypatch.setattr(journal, "_recorded", {})
+    assert journal.name_of(vars(twin)["strike"], "the step") == "shop_of_tests:strike"
+
+
 class Tools:
     """Static methods are found by name."""
 
