@@ -145,7 +145,6 @@ def test_threads_that_were_answered_together_are_waited_for(store: SQLiteStore) 
     assert gate.seen == []
     for number in range(2):
         callers.call(Claim(str(number), "a", 10.0))
-        callers.queued(number)
     assert all(isinstance(answer, Acquired) for answer in callers.end().values())
     assert gate.seen.count("COMMIT") == 1
     assert (group._crowd, group._expected) == (3, 0)
