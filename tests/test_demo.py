@@ -823,8 +823,11 @@ def test_a_journal_goes_on_where_another_client_was_killed(tmp_path: Path) -> No
     assert second.over == {"a"}
     second(BreakerChanged("payment", "closed", "open", "5 failures in a row"))
     second.start(["payment"])
-    second.recovered(5, 3, 1)
-    second.recovered(2, 2, 0)
+    second.left(0)
+    second.left(5)
+    second.left(1)
+    for state in ("done", "aborted", "done"):
+        second.recovered(state)
     second.post("b")
     second.post("b")
     second.end(Outcome("b", 2.0))
@@ -834,11 +837,11 @@ def test_a_journal_goes_on_where_another_client_was_killed(tmp_path: Path) -> No
     assert second.over == {"a", "b"}
     assert progress.outcomes[1:] == [Outcome("b", 2.0)]
     assert (progress.in_flight, progress.outbox, progress.breakers) == (0, {"b"}, {"payment": "closed"})
-    assert progress.recovered == (7, 5, 1)
+    assert (progress.left, progress.recovered) == (6, {"done": 2, "aborted": 1})
     assert [text for _, text in progress.news] == [
         "payment breaker closed -> open: 5 failures in a row",
-        "client has brought 5 orders to their end that were left in the middle",
-        "client has brought 2 orders to their end that were left in the middle",
+        "client finds 5 orders that the one before it left in the middle",
+        "client finds 1 order that the one before it left in the middle",
     ]
     assert progress.news[0][0] == 8.0
     with pytest.raises(ValueError, match="no such line"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -277,7 +278,7 @@ def test_the_report_has_a_row_for_each_number() -> None:
         "customers not told": "0",
         "messages in the outbox": "1",
         "client killed": "twice",
-        "sagas that it left": "0",
+        "orders left in the middle": "0",
         "payments replayed": "0",
         "doubts settled by asking": "0",
         "the services' ledgers say": "",
@@ -352,16 +353,24 @@ def test_the_notes_are_honest() -> None:
 
 
 def test_the_notes_say_how_payments_and_sagas_were_gone_on_with() -> None:
-    settled = replace(made("with guards", Outcome("a", 1.0)), recovered=(1, 0, 1))
+    settled = replace(made("with guards", Outcome("a", 1.0)), left=1, recovered=Counter(aborted=1))
     payment = settled.tallies["payment"]
     payment.replayed, payment.found, payment.absent = 1, 2, 5
     assert list(notes(settled, settled))[2:] == [
-        "When it was killed, the client left 1 saga in the middle. Recovery brought 0 of them forward to their end, "
+        "When it was killed, the client left 1 order in the middle. Recovery brought 0 of them forward to their end, "
         "and undid 1.",
         "The store of results answered 1 payment in place of the service. Doubts settled by asking: 7. For 2 of them "
         "the ledger had the charge, and it was not sent again. A retry that does not ask trusts the service's memory "
         "of keys.",
     ]
+
+
+def test_orders_that_were_left_twice_are_explained() -> None:
+    twice = replace(AFTER, left=9, recovered=Counter(done=5, aborted=1))
+    assert list(notes(AFTER, twice))[2] == (
+        "When it was killed, the client left 9 orders in the middle. Recovery brought 5 of them forward to their end, "
+        "and undid 1; the next kill found the others in the middle again."
+    )
 
 
 def test_the_promise_is_no_fault_in_the_ledgers_and_no_fewer_orders() -> None:

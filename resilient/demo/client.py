@@ -27,6 +27,7 @@ from resilient import (
     Fallback,
     Hedge,
     Pipeline,
+    Quantile,
     RateLimiter,
     Rejected,
     Retry,
@@ -156,7 +157,7 @@ def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[
 
     `store` keeps what became of each payment; `post` puts the message about an order into the outbox.
     """
-    attempt = max(0.6, patience / 8)
+    attempt = max(0.6, patience / 5)
     rest = max(0.2, patience / 16)
     # Retries cope with a service that fails every other call; a circuit is for one that fails nearly all of them.
     ill = FailureRate(0.8, over=40, minimum=20)
@@ -176,17 +177,17 @@ def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[
         return await pay(order.id, order.total)
 
     inventory = Pipeline(
-        Hedge(attempt / 3, idempotent=True, name="inventory"),
         retry("inventory"),
+        Hedge(Quantile(0.95, default=attempt / 3), idempotent=True, name="inventory"),
         circuit("inventory", ill | Consecutive(10)),
-        Bulkhead(32, queue=64, max_wait=attempt, name="inventory"),
+        Bulkhead(16, queue=64, max_wait=attempt, name="inventory"),
         Timeout(attempt, name="inventory"),
         env=env,
     )
     payment = (
         retry("payment"),
         circuit("payment", ill),
-        Bulkhead(32, queue=64, max_wait=attempt, name="payment"),
+        Bulkhead(16, queue=64, max_wait=attempt, name="payment"),
     )
     pay = payments(calls, store, *payment, attempt, env)
     refund = Pipeline(*payment, Timeout(attempt, name="payment"), env=env)
@@ -194,7 +195,7 @@ def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[
         retry("shipping"),
         circuit("shipping", ill | SlowRate(0.9, slower_than=attempt, over=40, minimum=20)),
         RateLimiter(100, burst=20, max_wait=attempt, name="shipping"),
-        Bulkhead(32, queue=64, max_wait=attempt, name="shipping"),
+        Bulkhead(16, queue=64, max_wait=attempt, name="shipping"),
         Timeout(attempt, name="shipping"),
         env=env,
     )
@@ -203,7 +204,7 @@ def guards(calls: Calls, env: Env, patience: float, store: Any, post: Callable[[
         retry("notification", max(1.5, patience / 2)),
         circuit("notification", ill),
         RateLimiter(60, burst=20, max_wait=attempt / 2, name="notification"),
-        Bulkhead(16, queue=32, max_wait=attempt / 2, name="notification"),
+        Bulkhead(8, queue=32, max_wait=attempt / 2, name="notification"),
         Timeout(attempt / 2, name="notification"),
         env=env,
     )

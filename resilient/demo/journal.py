@@ -83,9 +83,13 @@ class Journal:
         self._note("over", o.order, o.latency, o.failed_at, o.reason, o.told)
         self.over.add(o.order)
 
-    def recovered(self, left: int, finished: int, undone: int) -> None:
-        """So many orders were `left` in the middle by another client, and have been brought to an end."""
-        self._note("recovered", left, finished, undone)
+    def left(self, count: int) -> None:
+        """So many orders were left in the middle by the client before this one."""
+        self._note("left", count)
+
+    def recovered(self, state: str) -> None:
+        """One of them has come to its end."""
+        self._note("recovered", state)
 
     def post(self, order: str) -> None:
         """The message about an order goes to the outbox."""

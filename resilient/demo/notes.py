@@ -78,11 +78,12 @@ def notes(before: Result, after: Result) -> Iterator[str]:
             f"Half of their orders took more than {medians[1]:.2f} s, against {medians[0]:.2f} s without: they wait "
             "for sick services to come back, and others queue behind them. Without guards only the lucky ones count."
         )
-    left, finished, undone = after.recovered
-    if left:
+    if after.left:
+        ends = after.recovered
+        again = "; the next kill found the others in the middle again" if after.left > ends.total() else ""
         yield (
-            f"When it was killed, the client left {_some(left, 'saga')} in the middle. Recovery brought {finished} of "
-            f"them forward to their end, and undid {undone}."
+            f"When it was killed, the client left {_orders(after.left)} in the middle. Recovery brought {ends['done']} "
+            f"of them forward to their end, and undid {ends['aborted']}{again}."
         )
     paid = after.tallies["payment"]
     if paid.replayed or after.settled:

@@ -6,18 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from resilient.demo.schedule import SERVICES
 
 if TYPE_CHECKING:
     from resilient.demo.audit import Audit
 
-__all__ = ["Outcome", "Progress", "Receipt", "Recovered", "Result", "Tally", "quantile"]
-
-Recovered: TypeAlias = tuple[int, int, int]
-"""Orders that clients left in the middle; those of them that recovery brought forward to their end, and those that it
-undid. (The others it found at their end, or already being taken on.)"""
+__all__ = ["Outcome", "Progress", "Receipt", "Result", "Tally", "quantile"]
 
 
 @dataclass(slots=True)
@@ -74,7 +70,8 @@ class Progress:
     news: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     breakers: dict[str, str] = field(default_factory=dict[str, str])
     outbox: set[str] = field(default_factory=set[str])
-    recovered: Recovered = (0, 0, 0)
+    left: int = 0
+    recovered: Counter[str] = field(default_factory=Counter[str])
 
     def take(self, entry: Sequence[Any]) -> None:
         """Learn from a line of the journal."""
@@ -89,9 +86,12 @@ class Progress:
                 self.outcomes.append(Outcome(order, *rest))
             case ["outbox", order]:
                 self.outbox.add(order)
-            case ["recovered", left, finished, undone]:
-                self.recovered = self.recovered[0] + left, self.recovered[1] + finished, self.recovered[2] + undone
-                self.tell(f"client has brought {left} orders to their end that were left in the middle")
+            case ["left", count]:
+                self.left += count
+                if count:
+                    self.tell(f"client finds {_orders(count)} that the one before it left in the middle")
+            case ["recovered", state]:
+                self.recovered[state] += 1
             case ["start", breakers]:
                 self.placed.clear()
                 self.breakers = dict.fromkeys(breakers, "closed")
@@ -134,7 +134,8 @@ class Result:
     outbox: int
     kills: int = 0  # of the client
     crashes: int = 0  # of the payment service
-    recovered: Recovered = (0, 0, 0)
+    left: int = 0  # orders in the middle, when their client was killed
+    recovered: Counter[str] = field(default_factory=Counter[str])  # how those ended
 
     @property
     def done(self) -> int:
@@ -169,3 +170,7 @@ class Result:
 def quantile(values: Sequence[float], q: float) -> float | None:
     """The least of `values` that a share `q` of them does not exceed (nearest rank); None where there are none."""
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)] if values else None
+
+
+def _orders(count: int) -> str:
+    return "1 order" if count == 1 else f"{count} orders"

@@ -69,6 +69,7 @@ async def run(orders: Sequence[Order], schedule: Schedule, guarded: bool, view: 
         outbox=len(progress.outbox),
         kills=services.downs[CLIENT],
         crashes=services.downs["payment"],
+        left=progress.left,
         recovered=progress.recovered,
     )
 

@@ -109,6 +109,7 @@ class Desk:
         left = [one for one in found if one.state in ("running", "compensating", "orphaned")]
         self._until = max((one.mark for one in left), default=0.0)
         self._left = {one.id: asyncio.Event() for one in left}
+        self._journal.left(len(left))
         return list(self._left)
 
     async def recover(self) -> None:
@@ -117,12 +118,10 @@ class Desk:
             return
         try:
             await self._clock.asleep(max(0.0, self._until + SLACK - self._clock.at()))
-            reports = await asyncio.gather(*(self._place.arecover() for _ in range(min(HANDS, len(self._left)))))
+            await asyncio.gather(*(self._place.arecover() for _ in range(min(HANDS, len(self._left)))))
         finally:
             for left in self._left.values():
                 left.set()
-        ends = [sum(map(len, lists)) for lists in zip(*((r.finished, r.compensated) for r in reports), strict=True)]
-        self._journal.recovered(len(self._left), *ends)
 
     async def place(self, order: Order, due: float) -> Outcome:
         """Bring an order to its end: done, undone, or stuck."""
@@ -149,6 +148,7 @@ class Desk:
         if isinstance(event, SagaEnded):
             self._ended.setdefault(event.id, self._clock.now())
             if event.id in self._left:
+                self._journal.recovered(event.state)
                 self._left[event.id].set()
 
 
