@@ -55,6 +55,22 @@ APART = {
     ("_watch.py", "_Armed"),
     ("sqlite.py", "SQLiteStore"),
 }
+# The same of single functions: they shelter from cancellation, begin loops, or say which world they are of.
+APART_ALONE = {
+    ("_barrier.py", "barrier"),
+    ("_barrier.py", "barrier_schema"),
+    ("_body.py", "settled"),
+    ("_parallel.py", "__enter__"),
+    ("_parallel.py", "__exit__"),
+    ("_recovery.py", "one"),
+    ("_run.py", "_through"),
+    ("durable.py", "_run"),
+    ("durable.py", "recover"),
+    ("saga.py", "__enter__"),
+    ("saga.py", "__exit__"),
+    ("sagas.py", "_decided"),
+    ("sagas.py", "recover"),
+}
 
 
 class Strike(ast.NodeTransformer):
@@ -132,6 +148,7 @@ def pairs() -> list[tuple[str, str, str, ast.AST, ast.AST, frozenset[str]]]:
                 couples.append(("coro", "sync"))
             if (path.name, owner) in APART:
                 couples = []
+            couples = [(a, b) for a, b in couples if (path.name, b) not in APART_ALONE]
             found += [(path.name, owner, b, functions[a], functions[b], names) for a, b in couples]
     return found
 
