@@ -157,10 +157,7 @@ class Book:
 
     def value(self, number: int, function: Any, name: str) -> Any:
         """The recorded value of a step."""
-        value, error = result_form(function, name).outcome(bytes(self.results[number]))
-        if error is not None:
-            raise StoreError(f"the journal of saga {self.saga} ({self.id}) has an error where a value should be")
-        return value
+        return result_form(function, name).outcome(bytes(self.results[number]))[0]
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,7 @@ def found(name: str) -> Any:
 def _look(name: str) -> Any:
     """What stands at `module:qualname`, in modules that are imported. No code runs: neither imports nor properties."""
     module, _, qualname = name.partition(":")
-    place: Any = cast(Any, sys.modules.get(module))
+    place: Any = sys.modules.get(module)
     if place is None and module == _main():
         place = sys.modules["__main__"]
     for part in qualname.split("."):

@@ -97,9 +97,9 @@ def enter(book: Book, rules: Rules) -> Program:
         if record.state == "running":
             left = nearest(clock) - clock.now() if rules.wait else 0.0
             if left <= 0:
-                reply = yield from look(book.beat, book.lease)
-                if type(reply) is Busy:
-                    return Outcome(None, InFlight(book.saga, book.id, reply.lease_left))
+                other = yield from look(book.beat, book.lease)
+                if type(other) is Busy:
+                    return Outcome(None, InFlight(book.saga, book.id, other.lease_left))
                 continue
             if not watching:
                 # The first wait only begins to watch, and so does the claim that asks to be woken.
@@ -113,7 +113,7 @@ def enter(book: Book, rules: Rules) -> Program:
         if rules.backwards and not book.forward:
             # What is not here, or not to be called, is found out before the saga is taken.
             book.left()
-        reply: Any = yield Begin(beat.stored, beat.owner, book.lease, b"{}", "", True)
+        reply = yield Begin(beat.stored, beat.owner, book.lease, b"{}", "", True)
         if isinstance(reply, Cut):
             yield Last(Abandon(beat.stored, beat.owner, 0))
         reply = asked(reply)

@@ -249,7 +249,12 @@ def test_a_worker_goes_on_until_it_is_told_to_end(spy: Spy, capsys: Out, monkeyp
 def test_a_worker_quarantines_what_keeps_failing(spy: Spy, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     died(spy, made(spy), "b")
     durable._bodies.clear()
-    ringing(monkeypatch, 12, lambda number: number == 6 and block(spy, "good"))
+
+    def each(number: int) -> None:
+        if number == 6:
+            block(spy, "good")
+
+    ringing(monkeypatch, 12, each)
     assert run("worker", "memory://", "json", "tests.test_sagas", "--every", "2.5") == 0
     out = capsys.readouterr().out
     assert out.count("left  order/o-1") == 4

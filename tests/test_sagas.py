@@ -26,12 +26,12 @@ from resilient import (
     call,
     durable,
     sagas,
-    stores,
 )
 from resilient import _journal as journal
 from resilient._book import label_of, stored_key
 from resilient._recovery import Recoverer
 from resilient.saga import branch
+from resilient.stores._open import forget_shared
 from resilient.stores._ops import Append, Begin, Claim, Finish, Forget, Renew, Scan
 from tests._proofs import Dead
 from tests._saga_worlds import Spy, alone, entries, orphaned
@@ -117,7 +117,9 @@ def test_under_a_loop_the_async_twin_is_named_and_works(spy: Spy) -> None:
 
 def test_async_bodies_are_run_in_a_loop_that_closes_its_connections(spy: Spy) -> None:
     async def body(saga: Any, order: str) -> str:
-        return (await saga.step(astep, "a", compensate=aundo)) + await saga.step(step, "b", compensate=None)
+        await saga.step(astep, "a", compensate=aundo)
+        await saga.step(step, "b", compensate=None)
+        return order
 
     closed: list[str] = []
 
@@ -348,7 +350,7 @@ def test_a_url_names_a_store() -> None:
         assert sagas.list_sagas("memory://") == []
         assert sagas.recover("memory://") == sagas.Report()
     finally:
-        stores._open.forget_shared()
+        forget_shared()
 
 
 # -- what people decide ----------------------------------------------------------------------------------------------
@@ -420,7 +422,11 @@ def test_a_resumed_saga_whose_process_dies_is_an_orphan_and_no_longer_stuck(spy:
     assert recover(spy).stuck == ["order/o-1"]
 
 
-@pytest.mark.parametrize("decide", [sagas.resume, sagas.compensate, lambda *a, **k: sagas.abandon(*a, "why", **k)])
+def abandoned(store: Any, which: str, **more: Any) -> sagas.SagaRecord:
+    return sagas.abandon(store, which, "why", **more)
+
+
+@pytest.mark.parametrize("decide", [sagas.resume, sagas.compensate, abandoned])
 def test_illegal_transitions_are_refused(spy: Spy, decide: Any) -> None:
     with pytest.raises(LookupError, match="no saga with the id 'o-1'"):
         decide(spy, "o-1")
@@ -574,12 +580,13 @@ def test_other_records_are_no_sagas(spy: Spy) -> None:
     for number, label in enumerate(('{"key":"\\"saga\\":"}', '"saga":', '{"saga":3,"id":"x"}', '{"saga":"x"}')):
         spy.store.execute(Claim(f"k-{number}", "x", 0.001, label=label))
     reply: Any = spy.store.execute(Claim("k-9", "x", 1.0, label=label_of("block", "odd", 1, "running")))
-    spy.store.execute(Finish("k-9", "x", reply.fence, b"odd", 60.0))
+    spy.store.execute(Finish("k-9", "x", reply.fence, b"odd", 1e6))
     orphaned(spy)
     for number in range(450):
         reply = spy.store.execute(Claim(f"m-{number}", "x", 60.0, label=label_of("many", f"m-{number}", 1, "running")))
         spy.store.execute(Finish(f"m-{number}", "x", reply.fence, b'{"v":1,"saga":"done"}', 2000.0))
     assert len(sagas.list_sagas(spy, name="many")) == 450
+    assert [one.id for one in sagas.list_sagas(spy, state="damaged")] == ["odd"]
     assert recover(spy) == sagas.Report()
 
 
