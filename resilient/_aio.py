@@ -191,8 +191,8 @@ async def sheltered(
     """Await `call(*args)` to its end, cancelled or not; from the first cancel on (`cancelled`: from now on) for `grace`
     seconds more. What it returned, and whether a cancel came that is still to be raised (under trio, the scope does).
 
-    When the grace is over, `late()` is called, and then it is cancelled: what it still returns is heard, if it does not
-    take longer than `GRACE`. Else `TimeoutError`. It runs in a task of its own under asyncio.
+    When the grace is over, it is cancelled: `TimeoutError`. With `late`, that is called too, and what it still returns
+    is heard, if it does not take longer than `GRACE`. It runs in a task of its own under asyncio.
     """
     if in_trio():
         return await _sheltered_trio(cancelled, grace, late, call, args), False
@@ -208,9 +208,10 @@ async def sheltered(
             if over:
                 break
             over = True
-            if late is not None:
-                late()
             task.cancel()
+            if late is None:
+                break
+            late()
             until = loop.time() + GRACE
             continue
         try:

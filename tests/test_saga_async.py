@@ -19,10 +19,12 @@ from resilient import (
     UNKNOWN,
     CallTimeout,
     DeadlineExceeded,
+    DurableSaga,
     Env,
     Retry,
     Saga,
     SagaAborted,
+    SagaError,
     SagaStuck,
     branch,
     call,
@@ -33,7 +35,9 @@ from resilient import _aio as aio
 from resilient.clock import in_trio
 from resilient.events import SagaEnded, StepDone
 from resilient.saga import AsyncSagaRun
+from resilient.stores import MemoryStore
 from resilient.testing import FakeClock, Recorder
+from tests._saga_worlds import alone
 from tests.test_saga import ONCE, STEPS, Failure, Model
 from tests.worlds import AsyncioWorld, TrioWorld, World, turn, worlds
 
@@ -655,6 +659,8 @@ def test_asyncio_what_is_sheltered_may_be_cancelled_at_its_end() -> None:
     async def main() -> None:
         with pytest.raises(TimeoutError):
             await aio.sheltered(True, 0.001, forever)
+        with pytest.raises(TimeoutError):
+            await aio.sheltered(True, 0.001, forever, late=lambda: None)
 
     asyncio.run(main())
 
@@ -1026,3 +1032,119 @@ def test_random_programs_do_what_the_model_says(world: World, program: Any) -> N
     world.run(main)
     assert ends == [model.saga(program)]
     assert subject.log == model.log
+
+
+# -- with a journal --------------------------------------------------------------------------------------------------
+
+
+async def astep(name: str) -> str:
+    if name == "fail":
+        raise Failure(name)
+    return f"value of {name}"
+
+
+def step(name: str) -> str:
+    if name == "fail":
+        raise Failure(name)
+    return f"value of {name}"
+
+
+def test_the_same_block_with_a_journal() -> None:
+    async def main() -> None:
+        store = MemoryStore()
+        async with Saga("order", id="o-1", store=store) as saga:
+            assert await saga.step(astep, "a", compensate=None) == "value of a"
+            assert await saga.step(step, "b", compensate=step) == "value of b"
+        with pytest.raises(SagaAborted) as caught:
+            async with Saga("order", id="o-2", store=store) as saga:
+                with pytest.raises(Failure):
+                    await saga.step(astep, "fail", compensate=None)
+                await saga.step(astep, "b", compensate=None)
+        refused = caught.value.__cause__
+        assert isinstance(refused, SagaError)
+        assert "a saga with a journal cannot go on then" in str(refused)
+        assert isinstance(refused.__cause__, Failure)
+
+    asyncio.run(main())
+
+
+def test_a_store_that_cannot_serve_this_kind_is_refused() -> None:
+    class Nothing:
+        pass
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match="cannot be used by this kind of saga: it has no aexecute"):
+            async with Saga("order", store=Nothing()):
+                raise AssertionError
+
+    asyncio.run(main())
+    with pytest.raises(TypeError, match="it has no execute"), Saga("order", store=Nothing()):
+        raise AssertionError
+
+
+def test_a_coroutine_that_is_closed_stops_its_heartbeat_and_leaves_the_rest_to_recovery() -> None:
+    async def main() -> None:
+        store = MemoryStore()
+
+        async def body() -> None:
+            async with Saga("order", id="o-1", store=store) as saga:
+                await saga.step(astep, "a", compensate=astep)
+                books.append(saga._book)
+                await Suspended()
+
+        books: Log = []
+        coroutine = body()
+        coroutine.send(None)
+        stopped: Log = []
+        books[0].stop = lambda: stopped.append(True)
+        coroutine.close()
+        assert stopped == [True]
+
+    asyncio.run(main())
+
+
+RAN: Log = []
+FAIL: Log = []
+
+
+def once(name: str) -> str:
+    RAN.append(name)
+    return name
+
+
+def last() -> None:
+    if FAIL:
+        raise FAIL.pop()
+
+
+def test_steps_without_compensation_are_not_run_again_either() -> None:
+    RAN.clear()
+
+    def plain(saga: Any) -> str:
+        saga.pivot()
+        value: str = saga.step(once, "plain")
+        saga.step(last)
+        return value
+
+    async def coroutine(saga: Any) -> str:
+        saga.pivot()
+        value: str = await saga.step(once, "coroutine")
+        await saga.step(last)
+        return value
+
+    with alone():
+        store = MemoryStore()
+        again, later = DurableSaga("plain", store=store)(plain), DurableSaga("coroutine", store=store)(coroutine)
+        FAIL.append(Failure())
+        with pytest.raises(Failure):
+            again(id="o-1")
+        assert again(id="o-1") == "plain"
+
+        async def main() -> None:
+            FAIL.append(Failure())
+            with pytest.raises(Failure):
+                await later(id="o-1")
+            assert await later(id="o-1") == "coroutine"
+
+        asyncio.run(main())
+        assert RAN == ["plain", "coroutine"]

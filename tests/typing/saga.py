@@ -59,9 +59,9 @@ def plain(shop: Shop) -> None:
             assert_type(inner, SagaRun)
         saga.pivot()
         assert_type(saga.step(reserve, "a", 1), int)
-        saga.step(reserve, "a", 1, compensate="release")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-        saga.step(reserve, compensate=None, register="later")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-        saga.step("reserve", compensate=None)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+        saga.step(reserve, "a", 1, compensate="release")  # type: ignore[arg-type]
+        saga.step(reserve, compensate=None, register="later")  # type: ignore[arg-type]
+        saga.step("reserve", compensate=None)  # type: ignore[arg-type]
 
 
 async def coroutines(shop: Shop) -> None:
@@ -75,12 +75,12 @@ async def coroutines(shop: Shop) -> None:
         async with saga.nested("inner") as inner:
             assert_type(inner, AsyncSagaRun)
             assert_type(await inner.step(charge, "o", compensate=refund), str)
-        await saga.step(charge, "o", compensate=5)  # type: ignore[call-overload] # pyright: ignore[reportCallIssue, reportArgumentType]
+        await saga.step(charge, "o", compensate=5)  # type: ignore[call-overload]
 
 
 def branches() -> None:
     assert_type(branch(reserve, "a", 1, compensate=release), Branch[int])
-    branch(reserve, "a", 1)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    branch(reserve, "a", 1)  # type: ignore[call-arg]
     if UNKNOWN:
         raise AssertionError
 
@@ -89,5 +89,5 @@ async def barriers(connection: object) -> None:
     assert_type(barrier(connection, "order/o-1", 1, "action"), bool)
     assert_type(barrier(connection, key="order/o-1/1", op="compensation"), bool)
     assert_type(await abarrier(connection, key="order/o-1/1", op="compensation"), bool)
-    barrier(connection, "order/o-1", 1, "undo")  # type: ignore[call-overload] # pyright: ignore[reportCallIssue, reportArgumentType]
-    barrier(connection, key="order/o-1/1")  # type: ignore[call-overload] # pyright: ignore[reportCallIssue]
+    barrier(connection, "order/o-1", 1, "undo")  # type: ignore[call-overload]
+    barrier(connection, key="order/o-1/1")  # type: ignore[call-overload]
