@@ -528,7 +528,7 @@ def test_the_exit_code_says_whether_the_promise_was_kept(monkeypatch: pytest.Mon
     assert ran(monkeypatch, (BEFORE, TWICE))[0] == 1
     code, text = ran(monkeypatch, (AFTER, BEFORE), quick=False)
     assert code == 1
-    assert text.startswith("resilient demo: 600 orders over 24 s, seed 3, on 127.0.0.1 only")
+    assert text.startswith("resilient demo: 400 orders over 24 s, seed 3, on 127.0.0.1 only")
 
 
 @pytest.mark.parametrize(

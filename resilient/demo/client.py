@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calls", "Shop", "broken", "guards", "open_http", "place", "reason"]
 
-PERSISTENCE = 30.0
+PERSISTENCE = 60.0
 """Seconds for which a step is tried: longer than any trouble. What is given up in the middle has to be undone."""
 REFUSALS = (402, 409, 410, 422)
 

@@ -33,7 +33,7 @@ from resilient.demo.view import Scene, View, view_for
 
 __all__ = ["FULL", "QUICK", "compare", "main", "run"]
 
-FULL = (24.0, 100_000)  # seconds of the schedule, and the most orders that it takes
+FULL = (24.0, 400)  # seconds of the schedule, and the most orders that it takes
 QUICK = (3.2, 50)
 
 
