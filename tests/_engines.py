@@ -269,7 +269,6 @@ def dbos(url: str) -> Iterator[Any]:
         config={
             "name": "tests",
             "system_database_url": url,
-            "run_admin_server": False,
             "log_level": "CRITICAL",
             "serializer": DBOSEngine.serializer(),
         }

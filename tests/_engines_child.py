@@ -62,7 +62,6 @@ async def main() -> None:
         config={
             "name": "tests",
             "system_database_url": f"sqlite:///{FOLDER}/dbos.sqlite",
-            "run_admin_server": False,
             "log_level": "CRITICAL",
             "application_version": "1",
             "serializer": DBOSEngine.serializer(),

@@ -14,7 +14,11 @@ async def greet(name: str) -> str:
     return f"hello {name}"
 
 
-@DurableSaga("greeting", engine=TemporalEngine(lambda: None, task_queue="sandbox"))
+class Place:
+    engine = TemporalEngine(lambda: None, task_queue="sandbox")
+
+
+@DurableSaga("greeting", engine=Place.engine)
 async def greeting(saga: Any, name: str) -> str:
     said: str = await saga.step(greet, name, compensate=None, retry=Retry(OSError))
     return said

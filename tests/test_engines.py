@@ -110,7 +110,7 @@ def examples(strategy: Any, count: int) -> list[Any]:
     found: list[Any] = []
 
     @settings(
-        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
     )
     @given(strategy)
     def collect(example: Any) -> None:

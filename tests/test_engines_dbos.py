@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import signal
 import subprocess
@@ -61,6 +62,13 @@ async def undo_cancels(run: str, name: str, how: str) -> None:
         await DBOS.cancel_workflow_async(how)
 
 
+def undo_cancels_plain(run: str, name: str, how: str) -> None:
+    from dbos import DBOS
+
+    LEDGERS[run].append(("undid", name))
+    DBOS.cancel_workflow(how)
+
+
 def cancels(run: str, id: str) -> None:  # noqa: A002
     from dbos import DBOS
 
@@ -105,6 +113,20 @@ async def twice(saga: Any, run: str) -> None:
     await saga.step(act, run, "first", "ok", compensate=undo)
     await saga.step(act, run, "second", f"twice/{saga.id}", compensate=undo_cancels)
     await saga.step(act, run, "third", "fail", compensate=None)
+
+
+@DurableSaga("twice.plain", engine=DBOS_ENGINE)
+def twice_plain(saga: Any, run: str) -> None:
+    saga.step(act_plain, run, "first", "ok", compensate=undo_plain)
+    saga.step(act_plain, run, "second", f"twice.plain/{saga.id}", compensate=undo_cancels_plain)
+    saga.step(act_plain, run, "third", "fail", compensate=None)
+
+
+@DurableSaga("undoing", engine=DBOS_ENGINE)
+async def undoing(saga: Any, run: str) -> None:
+    await saga.step(act_plain, run, "first", "ok", compensate=undo_plain)
+    await saga.step(act_plain, run, "second", f"undoing/{saga.id}/undo", compensate=undo_cancels_plain)
+    await saga.step(forever, run, compensate=undo_forever)
 
 
 @DurableSaga("limits", engine=DBOS_ENGINE, timeout=0.3)
@@ -153,7 +175,7 @@ def between(saga: Any, run: str) -> None:
     from dbos import DBOS
 
     saga.step(act_plain, run, "first", "ok", compensate=undo_plain)
-    _dbos.contextvars.Context().run(DBOS.cancel_workflow, f"between/{saga.id}")
+    contextvars.Context().run(DBOS.cancel_workflow, f"between/{saga.id}")
     saga.step(act_plain, run, "second", "ok", compensate=undo_plain)
 
 
@@ -185,6 +207,11 @@ def runner() -> Iterator[asyncio.Runner]:
 def launched(tmp_path_factory: Any, runner: asyncio.Runner) -> Iterator[Any]:
     with dbos(sqlite_url(tmp_path_factory.mktemp("dbos"))) as made:
         yield made
+
+
+def inner(place: Any) -> Any:
+    """What is not for users."""
+    return place
 
 
 async def _until(run: str, entry: Any) -> None:
@@ -255,6 +282,28 @@ def test_a_saga_cancelled_while_it_is_undone_is_undone_once(runner: asyncio.Runn
         with pytest.raises(SagaAborted, match="cancelled"):
             await twice("d4", id="4")
         assert LEDGERS["d4"].count(("undid", "first", "<first>")) == 1
+
+    runner.run(run())
+
+
+def test_a_plain_saga_cancelled_while_it_is_undone_is_undone_once() -> None:
+    with pytest.raises(SagaAborted, match="cancelled"):
+        twice_plain("p10", id="10")
+    assert LEDGERS["p10"].count(("undid", "first", "<first>")) == 1
+    # What was undone when the cancel came is not on record: it is undone again.
+    assert LEDGERS["p10"].count(("undid", "second")) == 2
+
+
+def test_a_saga_whose_undoing_is_cancelled_is_stuck(runner: asyncio.Runner) -> None:
+    async def run() -> None:
+        task = asyncio.ensure_future(undoing("u1", id="1"))
+        await _until("u1", ("did", "forever"))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert "so was the workflow that undid it" in str(caught.value.__notes__)
+        with pytest.raises(SagaStuck, match="cancelled"):
+            await undoing("u1", id="1")
 
     runner.run(run())
 
@@ -465,18 +514,20 @@ def test_plain_bodies_cannot_do_everything() -> None:
 
 
 def test_a_saga_of_another_version_is_left_alone() -> None:
+    from dbos._serialization import PortableWorkflowError
+
     given = _dbos._text({"v": 1, "id": "i", "version": 2, "args": [], "kwargs": {}})
-    with pytest.raises(_dbos.PortableWorkflowError) as caught:
-        plain.inside(given)
-    assert isinstance(plain._told(caught.value, "i"), Incompatible)
+    with pytest.raises(PortableWorkflowError) as caught:
+        inner(plain).inside(given)
+    assert isinstance(inner(plain)._told(caught.value, "i"), Incompatible)
 
 
 def test_other_errors_of_dbos_are_told(launched: Any) -> None:
     from dbos._error import DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded
 
-    assert isinstance(plain._told(DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded("plain/1"), "1"), SagaStuck)
+    assert isinstance(inner(plain)._told(DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded("plain/1"), "1"), SagaStuck)
     other = RuntimeError("database")
-    assert plain._told(other, "1") is other
+    assert inner(plain)._told(other, "1") is other
 
 
 def test_pickle_is_refused(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -411,7 +411,8 @@ def test_a_workflow_that_was_ended_from_outside_is_for_a_person() -> None:
 def test_a_worker_of_another_version_leaves_the_saga_alone() -> None:
     given = {"v": 1, "id": "i", "version": 2, "args": [], "kwargs": {}}
     with pytest.raises(Incompatible, match="version 2"):
-        asyncio.run(many.inside(given))
+        place: Any = many
+        asyncio.run(place.inside(given))
 
 
 def test_a_plain_body_is_refused_at_decoration() -> None:
@@ -484,11 +485,12 @@ def test_the_missing_package_is_named_by_its_extra_and_only_when_it_is_needed() 
 
 def test_the_library_can_be_imported_in_temporals_sandbox(runner: asyncio.Runner, server: Any) -> None:
     """A workflow of one's own in the module of a saga: the sandbox imports both anew."""
-    from tests._engines_sandbox import Sandboxed, greeting
+    from tests._engines_sandbox import Place, Sandboxed, greeting
 
     async def run() -> None:
-        greeting.engine._client = server.client
-        async with greeting.engine.worker(server.client, greeting, workflows=[Sandboxed]):
+        engine = Place.engine
+        engine._client = server.client
+        async with engine.worker(server.client, greeting, workflows=[Sandboxed]):
             said = await server.client.execute_workflow("Sandboxed", id="sandboxed", task_queue="sandbox")
             assert said == "sandboxed: 2"
             assert await greeting("Ada", id="1") == "hello Ada"

@@ -179,8 +179,10 @@ def test_what_no_engine_can_be_told_is_refused() -> None:
 
 
 def test_orders_are_carried_out_in_both_worlds() -> None:
-    for carry in (lambda one: asyncio.run(perform(one, Env())), lambda one: perform_sync(one, Env())):
-        for more in ({}, {"timeout": 60.0}, {"left": 60.0, "limit": 60.0}):
+    ways: tuple[Any, ...] = (lambda one: asyncio.run(perform(one, Env())), lambda one: perform_sync(one, Env()))
+    limits: tuple[Any, ...] = ({}, {"timeout": 60.0}, {"left": 60.0, "limit": 60.0})
+    for carry in ways:
+        for more in limits:
             assert carry(order("numbers", **more)) == b'{"v":1,"ok":{"sum":3}}'
         with pytest.raises(Odd):
             carry(order("fails"))
@@ -191,7 +193,8 @@ def test_orders_are_carried_out_in_both_worlds() -> None:
 
 
 def test_coroutines_are_for_coroutines() -> None:
-    for more in ({}, {"timeout": 60.0}, {"left": 60.0, "limit": 60.0}):
+    limits: tuple[Any, ...] = ({}, {"timeout": 60.0}, {"left": 60.0, "limit": 60.0})
+    for more in limits:
         assert asyncio.run(perform(order("later", **more), Env())) == b'{"v":1,"ok":1}'
     with pytest.raises(TypeError, match="is async"):
         perform_sync(order("later"), Env())

@@ -82,6 +82,14 @@ class Kept(Struct, omit_defaults=True):
         return Answer(error=error_of(bytes(self.error)))
 
 
+# How the workflow that undoes may end, other than well; whoever waits for the saga hears it.
+_ENDS = (
+    PortableWorkflowError,
+    DBOSAwaitedWorkflowCancelledError,
+    DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded,
+)
+
+
 def _read(data: str, kind: Any) -> Any:
     return msgspec.json.decode(data.encode(), type=kind)
 
@@ -218,18 +226,22 @@ def _failure(error: Exception) -> PortableWorkflowError:
     return PortableWorkflowError(str(error), type(error).__qualname__, None, plain(Ending.of(error)))
 
 
+def _failed(order: Order, answer: Answer) -> list[Exception]:
+    if answer.gone is not None:
+        raise answer.gone
+    if answer.error is None:
+        return []
+    answer.error.add_note(f"resilient: compensation of step {order.name} of saga {order.saga} ({order.id})")
+    return [answer.error]
+
+
 async def _undo(given: str) -> str:
     """Undo a cancelled saga."""
     undoings: Undoings = _read(given, Undoings)
     errors: list[Exception] = []
     carrier = Carrier()
     for order in undoings.orders:
-        answer = await carrier.carry(order)
-        if answer.gone is not None:
-            raise answer.gone
-        if answer.error is not None:
-            answer.error.add_note(f"resilient: compensation of step {order.name} of saga {order.saga} ({order.id})")
-            errors.append(answer.error)
+        errors += _failed(order, await carrier.carry(order))
     if undoings.forward:
         raise _failure(past_pivot(undoings.saga, undoings.id))
     if errors:
@@ -321,6 +333,8 @@ class DBOSBody(EngineBody):
             return ending.error(self.name, id)
         if isinstance(error, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded):
             return SagaStuck("it was not finished, however often it was recovered", [error], self.name, id)
+        if isinstance(error, DBOSAwaitedWorkflowCancelledError):
+            return SagaStuck("it was cancelled, and so was the workflow that undid it", [error], self.name, id)
         assert isinstance(error, Exception)
         return error
 
@@ -411,7 +425,7 @@ class AsyncBody(DBOSBody):
         """Wait until a cancelled saga is undone, or see to it; what its callers get."""
         try:
             await asyncio.get_running_loop().create_task(self._see_to_it(id), context=contextvars.Context())
-        except PortableWorkflowError as error:
+        except _ENDS as error:
             return self._told(error, id)
         return self._aborted(id)
 
@@ -460,7 +474,7 @@ async def _quietly(undoings: Undoings) -> None:
     """Undo; whoever waits for the saga hears how it went."""
     try:
         await _undo_apart(undoings)
-    except PortableWorkflowError:
+    except _ENDS:
         pass
 
 
@@ -494,8 +508,8 @@ class SyncBody(DBOSBody):
         except DBOSWorkflowCancelledError:
             try:
                 _undo_apart_plain(_undoings(run))
-            except PortableWorkflowError:
-                pass  # whoever waits for the saga hears it
+            except _ENDS:
+                pass
             raise
 
     def __call__(self, *args: Any, id: str, **kwargs: Any) -> Any:
@@ -517,7 +531,7 @@ class SyncBody(DBOSBody):
     def _until_undone(self, id: str) -> Exception:
         try:
             contextvars.Context().run(self._see_to_it, id)
-        except PortableWorkflowError as error:
+        except _ENDS as error:
             return self._told(error, id)
         return self._aborted(id)
 

@@ -16,12 +16,13 @@ __all__ = ["LocalEngine"]
 class LocalEngine:
     """Run durable sagas here, with their journals in `store` (a store, or its URL).
 
+    >>> from textwrap import dedent
     >>> from resilient import DurableSaga
-    >>> @DurableSaga("greeting", engine=LocalEngine("memory://"))
-    ... def greet(saga, name: str) -> str:
-    ...     return saga.step(str.upper, name, compensate=None)
-    >>> greet("ada", id="g-1")
-    'ADA'
+    >>> @DurableSaga("tidying", engine=LocalEngine("memory://"))
+    ... def tidy(saga, text: str) -> str:
+    ...     return saga.step(dedent, text, compensate=None)
+    >>> tidy("  hello", id="t-1")
+    'hello'
     """
 
     __slots__ = ("store",)
