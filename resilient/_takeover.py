@@ -157,10 +157,7 @@ def _allowed(book: Book, head: Head, rules: Rules) -> None:
 
 
 def _data(raw: Any) -> Any:
-    try:
-        return msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise StoreError(f"the journal has arguments that cannot be read: {error}") from None
+    return msgspec.json.decode(raw)
 
 
 def _taken(book: Book, rules: Rules) -> Program:

@@ -20,7 +20,7 @@ from resilient._drive import Outcome, Program, adrive, drive
 from resilient._guard import kind_of
 from resilient._journal import CallForm, module_of, result_form, vouch_for, write
 from resilient._run import Run, raw, task_keeper, thread_keeper
-from resilient._settle import apply_async, apply_sync, never, rollback, settle
+from resilient._settle import never, rollback, settle
 from resilient._takeover import Again, Elsewhere, Ended, Rules, enter
 from resilient.errors import SagaAborted, SagaError, StoreError
 from resilient.policy import SYSTEM, Env, whole
@@ -189,7 +189,7 @@ class DurableBody:
         while True:
             saga = Saga(self.name, id=id, store=store, **self.durable._options)
             env, run = saga.env, SagaRun(saga)
-            guarded = saga._retry().sync(apply_sync, env)
+            undoing = saga._undoer()
             book = self._prepared(run, body, thread_keeper(store, saga.lease, env))
             try:
                 end = drive(enter(book, rules), store, env, never, (), {}).result()
@@ -198,7 +198,7 @@ class DurableBody:
                     return self._ended(end, id)
                 run._book = book
                 if book.failed is not None:
-                    return drive(undone(saga, run, book, guarded), store, env, never, (), {}).result()
+                    return drive(undone(saga, run, book, undoing), store, env, never, (), {}).result()
                 limit = saga._limited(run)
                 try:
                     try:
@@ -209,9 +209,11 @@ class DurableBody:
                 except BaseException as error:
                     if again_after(book, rules):
                         continue
-                    drive(settle(saga, run, error, guarded), store, env, never, (), {}).reraise(error)
+                    outcome = drive(settle(saga, run, error, undoing), store, env, never, (), {})
+                    saga._tell(undoing, outcome, error, id)
+                    outcome.reraise(error)
                     raise
-                outcome = drive(settle(saga, run, None, guarded, ok), store, env, never, (), {})
+                outcome = drive(settle(saga, run, None, undoing, ok), store, env, never, (), {})
                 if again_after(book, rules):
                     continue
                 outcome.result()
@@ -223,7 +225,7 @@ class DurableBody:
         while True:
             saga = Saga(self.name, id=id, store=store, **self.durable._options)
             env, run = saga.env, AsyncSagaRun(saga)
-            guarded = saga._retry().coro(apply_async, env)
+            undoing = saga._aundoer()
             book = self._prepared(run, body, task_keeper(store, saga.lease, env))
             try:
                 end = (await adrive(enter(book, rules), store, env, never, (), {})).result()
@@ -232,8 +234,7 @@ class DurableBody:
                     return self._ended(end, id)
                 run._book = book
                 if book.failed is not None:
-                    program = undone(saga, run, book, guarded)
-                    return (await _sheltered(saga, program, None)).result()
+                    return await saga._carried(undone(saga, run, book, undoing), store, undoing, None, id)
                 limit = saga._limited(run)
                 try:
                     try:
@@ -246,10 +247,9 @@ class DurableBody:
                 except BaseException as error:
                     if again_after(book, rules):
                         continue
-                    outcome = await _sheltered(saga, settle(saga, run, error, guarded), error)
-                    outcome.reraise(error)
+                    await saga._carried(settle(saga, run, error, undoing), store, undoing, error, id)
                     raise
-                outcome = await adrive(settle(saga, run, None, guarded, ok), store, env, never, (), {})
+                outcome = await adrive(settle(saga, run, None, undoing, ok), store, env, never, (), {})
                 if again_after(book, rules):
                     continue
                 outcome.result()
@@ -269,27 +269,6 @@ class DurableBody:
             text = f"a step failed, and all that was done is undone: {end.error}"
             raise SagaAborted(text, self.name, id)
         raise SagaError(f"it has ended already: {end.saga}{f' ({end.error})' if end.error else ''}", self.name, id)
-
-
-async def _sheltered(saga: Saga, program: Program, error: BaseException | None) -> Outcome:
-    """Carry out the end of a saga, cancelled or not; a cancel is raised after it."""
-    from resilient._aio import sheltered
-
-    gone = error is not None and not isinstance(error, Exception)
-    try:
-        outcome, came = await sheltered(gone, saga.grace, adrive, program, saga.store, saga.env, never, (), {})
-    except TimeoutError:
-        from asyncio import CancelledError
-
-        last = error if gone and error is not None else CancelledError()
-        last.add_note(f"resilient: undoing {saga.name} ({saga.id}) took longer than its grace: recovery will go on")
-        raise last from (None if last is error else error)
-    if came:
-        from asyncio import CancelledError
-
-        raise CancelledError from (outcome.error if error is None else error)
-    made: Outcome = outcome
-    return made
 
 
 def again_after(book: Book, rules: Rules) -> bool:
