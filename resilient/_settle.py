@@ -24,11 +24,9 @@ __all__ = [
     "NOTHING",
     "apply_async",
     "apply_sync",
-    "child",
     "default_retry",
     "ended",
     "never",
-    "raised",
     "rollback",
     "settle",
 ]
@@ -70,17 +68,6 @@ class _Nothing:
 
 
 NOTHING = _Nothing()
-
-
-def raised(outcome: Outcome, error: BaseException | None) -> None:
-    final = outcome.error
-    if final is None or final is error:
-        return
-    cause = error if final.__cause__ is None else final.__cause__
-    try:
-        raise final from cause
-    finally:
-        del final, cause, outcome, error
 
 
 def settle(
@@ -198,13 +185,3 @@ def ended(saga: Saga, run: Run, state: str) -> None:
         from resilient.events import SagaEnded
 
         saga.env.emit(SagaEnded(saga.name, run.id, state))
-
-
-def child(saga: Saga, run: Run, name: str, error: Exception, stack: list[Any], guarded: Callable[..., Any]) -> Program:
-    errors, cut = yield from unwind(name, run.id, backwards(stack), guarded, saga.env)
-    if cut is not None:
-        return Outcome(None, cut)
-    if errors:
-        return Outcome(None, SagaStuck("compensations failed for good", errors, name, run.id))
-    run._failed = None
-    return Outcome(None, SagaAborted("a step failed, and all that was done is undone", name, run.id))

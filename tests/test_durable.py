@@ -1094,7 +1094,13 @@ def test_a_heartbeat_that_is_under_way_at_the_end_is_waited_for(
     spy: Spy, under_way: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settled: list[str] = []
-    monkeypatch.setattr(ThreadKeeper, "end", lambda self, beat: under_way)  # pyright: ignore[reportUnknownLambdaType]
+    end = ThreadKeeper.end
+
+    def ended(self: Any, beat: Any) -> bool:
+        end(self, beat)
+        return under_way
+
+    monkeypatch.setattr(ThreadKeeper, "end", ended)
     monkeypatch.setattr(Beat, "settle", lambda self: settled.append("settled"))  # pyright: ignore[reportUnknownLambdaType]
     assert made(spy)("o", id="o-1") == "oABC"
     assert settled == (["settled"] if under_way else [])
