@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 try:
     import dbos as _probe
-except ImportError as error:  # pragma: no cover - the tests have it, and look at this from another process
+except ImportError as error:
     raise ImportError("DBOSEngine needs dbos: pip install 'resilient-kit[dbos]'") from error
 
 from resilient._guard import kind_of

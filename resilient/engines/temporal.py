@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from temporalio import common as _probe
-except ImportError as error:  # pragma: no cover - the tests have it, and look at this from another process
+except ImportError as error:
     raise ImportError("TemporalEngine needs temporalio: pip install 'resilient-kit[temporal]'") from error
 
 from resilient._guard import kind_of
