@@ -30,7 +30,9 @@ branches = st.lists(st.tuples(st.sampled_from(["good", "good", "bad"]), undos).m
 steps = st.tuples(st.just("step"), hows, undos).map(list)
 leaves = st.one_of(steps, steps, st.tuples(st.just("parallel"), branches).map(list), st.just(["pivot"]))
 nested = st.tuples(st.just("nested"), st.lists(leaves, max_size=2)).map(list)
-programs = st.lists(st.one_of(leaves, leaves, leaves, nested, st.just(["cancel"])), min_size=1, max_size=5)
+parts = st.lists(st.one_of(leaves, leaves, leaves, nested, st.just(["cancel"])), min_size=1, max_size=4)
+pivoted = st.tuples(st.lists(steps, min_size=1, max_size=2), parts).map(lambda two: [*two[0], ["pivot"], *two[1]])
+programs = st.one_of(parts, parts, pivoted)
 """What `tests._saga_shop` plays."""
 
 
