@@ -22,6 +22,8 @@ from benchmarks.cases import GROUPS, every_case, select
 from benchmarks.durable import BACKENDS
 from benchmarks.figures import Figures, Row
 from benchmarks.measures import Job, matches
+from benchmarks.sagas import GROUPS as SAGAS
+from benchmarks.sagas import SPARED
 
 ROOT = Path(__file__).resolve().parent.parent
 AGAIN = 2
@@ -99,6 +101,10 @@ def _jobs(quick: bool, rounds: int | None, only: str) -> Iterator[Job]:
                 for group in ("library", *BACKENDS, "group commit"):
                     yield replace(base, suite="durable", mode=mode, group=group, rounds=max(1, rounds // 2))
             yield replace(base, suite="durable", mode="sync", group="powertools", rounds=max(1, rounds // 2))
+            for mode, groups in SAGAS.items():
+                for group in groups:
+                    if not quick or (mode, group) not in SPARED:
+                        yield replace(base, suite="sagas", mode=mode, group=group, rounds=max(1, rounds // 2))
 
 
 def _run(job: Job) -> list[Row]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from benchmarks.cases import OURS
 from benchmarks.figures import Figures
+from benchmarks.sagas import IN_PROCESS, KINDS, MANY, ON_DBOS, ORPHANS, RANDOM, RECOVERY
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Budget:
     @property
     def job(self) -> tuple[str, str, str]:
         """The job that measures it."""
-        if self.suite in ("calls", "durable"):
+        if self.suite in ("calls", "durable", "sagas"):
             return self.suite, self.mode, self.group
         return self.suite, self.mode if self.suite in ("failure", "rejection", "memory") else "", ""
 
@@ -52,7 +53,7 @@ class Budget:
             return 1.0
         group, name, took = self.reference
         row = figures.find(self.suite, self.mode, group, name)
-        now = None if row is None else row.get("ns", row.get("ms"))
+        now = None if row is None else next((row[field] for field in ("ns", "ms", "us") if field in row), None)
         return 1.0 if now is None else min(2.0, max(1.0, float(now) / took))
 
     def kept(self, figures: Figures, *, strict: bool = False) -> bool:
@@ -94,8 +95,29 @@ def _durable() -> Iterator[Budget]:
     yield Budget(says, "durable", "sync", "memory", "first call", "us", 6.0, "µs")
 
 
+def _sagas() -> Iterator[Budget]:
+    for mode in ("sync", "async"):
+        words = "plain" if mode == "sync" else "coroutine"
+        says = f"saga in process, {words}: over the bare calls"
+        reference = (IN_PROCESS, RANDOM, 0.41)
+        yield Budget(says, "sagas", mode, IN_PROCESS, "three steps", "added_us", 5.0, "µs", reference=reference)
+        for kind in KINDS:
+            for backend in ("sqlite full", "sqlite normal", "postgres"):
+                says = f"saga ({kind}), {backend}, {words}"
+                yield Budget(says, "sagas", mode, backend, kind, "share", 70.0, "% of the raw rate", "at least")
+            says, name = f"sagas ({kind}), 16 over one, SQLite full, {words}", f"{kind}, 16 over one"
+            yield Budget(says, "sagas", mode, MANY, name, "times", 3.0, "times", "at least")
+        for group in ON_DBOS:
+            says = f"saga beside {group.replace('dbos', 'DBOS')}, {words}"
+            yield Budget(says, "sagas", mode, group, "one at a time", "times", 8.0, "x DBOS", "at least")
+    name = f"{ORPHANS:,} orphans"
+    yield Budget(f"{name} recovered", "sagas", "sync", RECOVERY, name, "seconds", 60.0, "s")
+    yield Budget(f"{name}: last tenth over first", "sagas", "sync", RECOVERY, name, "slower", 1.25, "times")
+
+
 BUDGETS = (
     *_durable(),
+    *_sagas(),
     _calls("retry", "retry", 1.5),
     _calls("breaker, by rate", "breaker", 2.0),
     _calls("breaker, consecutive", "breaker", 2.0, f"{OURS} (consecutive)"),

@@ -42,21 +42,21 @@ def keys(n: int) -> list[str]:
 
 
 @contextmanager
-def stage(backend: str) -> Iterator[tuple[Any, Any]]:
-    """A store of ours and the raw driver, on one server."""
+def stage(backend: str, pool: int = POOL) -> Iterator[tuple[Any, Any]]:
+    """A store of ours and the raw driver, on one server; `pool` connections each, where there are pools."""
     from resilient import stores
 
     with ExitStack() as stack:
         if backend == "memory":
             yield stores.open("memory://"), None
             return
-        store, raw = _pair(backend, stack)
+        store, raw = _pair(backend, stack, pool)
         stack.callback(raw.close)
         stack.callback(store.close)
         yield store, raw
 
 
-def _pair(backend: str, stack: ExitStack) -> tuple[Any, Any]:
+def _pair(backend: str, stack: ExitStack, pool: int) -> tuple[Any, Any]:
     from resilient import stores
     from tests._servers import postgres_database, postgres_server, redis_server
 
@@ -69,7 +69,7 @@ def _pair(backend: str, stack: ExitStack) -> tuple[Any, Any]:
         url = stack.enter_context(redis_server())
         return stores.open(url), RawRedis(url)
     url = stack.enter_context(postgres_database(stack.enter_context(postgres_server())))
-    return stores.PostgresStore(url, pool_size=POOL), RawPostgres(url, POOL)
+    return stores.PostgresStore(url, pool_size=pool), RawPostgres(url, pool)
 
 
 def measure(job: Job) -> list[Row]:

@@ -105,6 +105,32 @@ class Figures:
             made["times"] = round(statistics.median(b / a for a, b in zip(us, one, strict=True)), 2)
         return made
 
+    def sagas(self, row: Row, series: dict[str, list[float]]) -> Row:
+        """Microseconds of a saga: over the bare calls (minima), or beside others (medians of the rounds' ratios)."""
+        middle = statistics.median
+        if "seconds" in series:
+            made: Row = {field: round(min(each), 2) for field, each in series.items()}
+            made["slower"] = round(_ratio(series["last_us"], series["first_us"]), 3)
+            return made
+        us, bare, raw, peer, one = (series.get(f"{name}us") for name in ("", "bare_", "raw_", "peer_", "one_"))
+        assert us is not None
+        made = {"us": round(middle(us) if raw or peer or one else min(us), 3)}
+        if bare is not None:
+            made["bare_us"] = round(min(bare), 3)
+            made["added_us"] = round(min(us) - min(bare), 3)
+        if raw is not None:
+            made["raw_us"] = round(middle(raw), 1)
+            made["share"] = round(_ratio(raw, us) * 100, 1)
+        for name, other in (("peer_us", peer), ("one_us", one)):
+            if other is not None:
+                made[name] = round(middle(other), 1)
+                made["times"] = round(_ratio(other, us), 2)
+        return made
+
+
+def _ratio(over: list[float], under: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
 
 def _bytes(figures: Figures, row: Row, series: dict[str, list[float]]) -> Row:
     return {"bytes": round(min(series["bytes"]))}
@@ -120,4 +146,5 @@ _FIGURES: dict[str, Any] = {
     "threads": Figures.rates,
     "memory": _bytes,
     "durable": Figures.ratios,
+    "sagas": Figures.sagas,
 }

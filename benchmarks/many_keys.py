@@ -39,7 +39,7 @@ def _first(store: SQLiteStore) -> None:
     _claim(store, next(_numbers))
 
 
-def _us(call: Callable[[], object], times: int) -> float:
+def median_us(call: Callable[[], object], times: int) -> float:
     took: list[float] = []
     for _ in range(times):
         began = perf_counter()
@@ -66,10 +66,10 @@ def main() -> int:
             number = next(_numbers)
             _claim(store, number)
             again = Claim(_key(number), "somebody else", 30.0)
-            first = _us(partial(_first, store), 5_000)
-            replay = _us(partial(store.execute, again), 5_000)
+            first = median_us(partial(_first, store), 5_000)
+            replay = median_us(partial(store.execute, again), 5_000)
             # The oldest go: a hundredth of a tenth each time, so that the file keeps growing.
-            purge = _us(partial(store.execute, Purge(0.0, 1000)), max(1, part // 100_000)) / 1000
+            purge = median_us(partial(store.execute, Purge(0.0, 1000)), max(1, part // 100_000)) / 1000
             rows.append((first, replay, purge))
             size = path.stat().st_size / 1e6
             print(f"{next(_numbers):>12,} {first:>14.1f} {replay:>10.1f} {purge:>13.2f} {size:>9,.0f}", flush=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks import durable, harness
+from benchmarks import durable, harness, sagas
 from benchmarks.cases import GROUPS, OURS, Case, Options, every_case
 from benchmarks.checks import check
 from benchmarks.harness import interleave, plain
@@ -76,6 +76,8 @@ def matches(job: Job) -> bool:
     pattern = re.compile(job.only)
     if job.suite == "durable":
         return durable.wanted(job)
+    if job.suite == "sagas":
+        return sagas.wanted(job)
     if job.suite == "imports":
         return any(pattern.search(f"imports///{name}") for name in _STATEMENTS)
     modes = (job.mode,) if job.mode else ("sync", "async")
@@ -562,4 +564,5 @@ _SUITES: dict[str, Callable[[Job], list[Row]]] = {
     "threads": _threads,
     "tasks": _tasks,
     "durable": durable.measure,
+    "sagas": sagas.measure,
 }

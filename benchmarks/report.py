@@ -32,6 +32,8 @@ _PACKAGES = (
     "resilix",
     "grit-toolkit",
     "crashbytes-resilience",
+    "dbos",
+    "temporalio",
 )
 
 
@@ -141,6 +143,19 @@ _COLUMNS: dict[str, list[Column]] = {
         ("alone µs", _get("one_us", "{:,.1f}")),
         ("times", _get("times", "{:.1f}")),
     ],
+    "sagas": [
+        ("µs", _get("us", "{:,.1f}")),
+        ("bare µs", _get("bare_us", "{:,.2f}")),
+        ("added µs", _get("added_us", "{:,.2f}")),
+        ("raw µs", _get("raw_us", "{:,.1f}")),
+        ("% of raw rate", _get("share", "{:.0f}")),
+        ("theirs µs", _get("peer_us", "{:,.0f}")),
+        ("alone µs", _get("one_us", "{:,.1f}")),
+        ("times", _get("times", "{:.1f}")),
+        ("seconds", _get("seconds", "{:,.1f}")),
+        ("first tenth µs", _get("first_us", "{:,.0f}")),
+        ("last tenth µs", _get("last_us", "{:,.0f}")),
+    ],
     "tasks": [
         ("min ms", _get("ms", "{:,.1f}")),
         ("median ms", _get("median_ms", "{:,.1f}")),
@@ -159,6 +174,7 @@ _TITLES = {
     "threads": "Calls a second through one guard around a sleep of 1 ms",
     "tasks": "Many tasks at once through one guard",
     "durable": "Idempotent calls beside the bare driver",
+    "sagas": "Sagas of three steps",
 }
 
 
@@ -171,9 +187,12 @@ def _sections(rows: list[Row], *, markdown: bool) -> Iterable[str]:
                 continue
             words = {"sync": ", plain functions", "async": ", coroutines", "": ""}[mode if suite != "forms" else ""]
             groups = sorted({row["group"] for row in of_mode}, key=_place)
-            columns = _COLUMNS.get(f"{suite} {mode}") or _COLUMNS[suite]
             for group in groups:
-                lines = _lines([row for row in of_mode if row["group"] == group], columns)
+                of_group = [row for row in of_mode if row["group"] == group]
+                columns = _COLUMNS.get(f"{suite} {mode}") or _COLUMNS[suite]
+                if suite == "sagas":
+                    columns = [column for column in columns if any(column[1](row) for row in of_group)]
+                lines = _lines(of_group, columns)
                 if not lines:
                     continue
                 name = f"{title}{words}" + (f": {group}" if group not in ("", "reference") else "")
