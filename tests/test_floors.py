@@ -19,9 +19,10 @@ FLOORS: dict[int, str] = {
     2: "policy _aio _ambient _latency _pace _threads _circuit _trip _verdict _tenacity _pybreaker "
     "_strategies _attempts retry breaker bulkhead ratelimit timeout fallback hedge",
     3: "pipeline patching __init__",
-    4: "_binding _codec _drive _keeper _once _transaction idempotency stores _undo _journal _book _run _parallel _settle saga durable sagas engines "
-    "_barrier _takeover _recovery _saga_views",
-    5: "testing cli demo integrations _contract _contract_cases _contract_journal _cli_idempotency _cli_saga _cli_text _cli_worker",
+    4: "_binding _codec _drive _keeper _once _transaction idempotency stores _undo _journal _book _run "
+    "_parallel _settle saga durable sagas engines _barrier _takeover _recovery _saga_views",
+    5: "testing cli demo integrations _contract _contract_cases _contract_journal _cli_idempotency _cli_saga "
+    "_cli_text _cli_worker",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
