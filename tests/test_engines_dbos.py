@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from resilient import CallTimeout, DurableSaga, Incompatible, Retry, SagaAborted, SagaStuck
-from resilient.engines import DBOSEngine, _dbos
+from resilient.engines import DBOSEngine, _dbos, _dbos_steps
 from resilient.engines._wire import Order, Told
 from resilient.policy import SYSTEM
 from resilient.saga import branch
@@ -377,7 +377,7 @@ def test_a_plain_saga_that_is_cancelled_is_undone(runner: asyncio.Runner, monkey
         plain("p2", "pivot", id="2")
     with pytest.raises(SagaStuck):
         plain_stuck("p3", id="3")
-    monkeypatch.setattr(_dbos, "_undo_apart_plain", lambda undoings: None)
+    monkeypatch.setattr(_dbos, "undo_apart_plain", lambda undoings: None)
     read_back = _dbos.SyncBody._read_back
     found: list[Any] = []
     monkeypatch.setattr(_dbos.SyncBody, "_read_back", lambda *given: found.append(read_back(*given)))
@@ -463,7 +463,7 @@ def test_a_retry_of_a_step_is_that_of_dbos(runner: asyncio.Runner) -> None:
 
 def test_retries_end_when_their_time_is_over() -> None:
     told = Told(5, 0.0, 1.0, 0.0, ["builtins:KeyError"], total=60.0)
-    attempts = _dbos.Attempts(Order("s", "i", 1, "n", "f", retry=told))
+    attempts = _dbos_steps.Attempts(Order("s", "i", 1, "n", "f", retry=told))
     with pytest.raises(KeyError):
         attempts.failed(KeyError("x"))
     assert "OSError" in attempts.failed(OSError("x"))
@@ -516,7 +516,7 @@ def test_plain_bodies_cannot_do_everything() -> None:
 def test_a_saga_of_another_version_is_left_alone() -> None:
     from dbos._serialization import PortableWorkflowError
 
-    given = _dbos._text({"v": 1, "id": "i", "version": 2, "args": [], "kwargs": {}})
+    given = _dbos_steps.text_of({"v": 1, "id": "i", "version": 2, "args": [], "kwargs": {}})
     with pytest.raises(PortableWorkflowError) as caught:
         inner(plain).inside(given)
     assert isinstance(inner(plain)._told(caught.value, "i"), Incompatible)
