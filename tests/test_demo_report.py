@@ -359,9 +359,9 @@ def test_the_notes_say_how_payments_and_sagas_were_gone_on_with() -> None:
     assert list(notes(settled, settled))[2:] == [
         "When it was killed, the client left 1 order in the middle. Recovery brought 0 of them forward to their end, "
         "and undid 1.",
-        "The store of results answered 1 payment in place of the service. Doubts settled by asking: 7. For 2 of them "
-        "the ledger had the charge, and it was not sent again. A retry that does not ask trusts the service's memory "
-        "of keys.",
+        "The store of results answered 1 payment in place of the service.",
+        "Doubts about payments settled by asking: 7. For 2 of them the ledger had the charge, and it was not sent "
+        "again. A retry that does not ask trusts the service's memory of keys.",
     ]
 
 

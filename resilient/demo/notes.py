@@ -86,11 +86,12 @@ def notes(before: Result, after: Result) -> Iterator[str]:
             f"of them forward to their end, and undid {ends['aborted']}{again}."
         )
     paid = after.tallies["payment"]
-    if paid.replayed or after.settled:
+    if paid.replayed:
+        yield f"The store of results answered {_some(paid.replayed, 'payment')} in place of the service."
+    if after.settled:
         yield (
-            f"The store of results answered {_some(paid.replayed, 'payment')} in place of the service. Doubts settled "
-            f"by asking: {after.settled}. For {paid.found} of them the ledger had the charge, and it was not sent "
-            "again. A retry that does not ask trusts the service's memory of keys."
+            f"Doubts about payments settled by asking: {after.settled}. For {paid.found} of them the ledger had the "
+            "charge, and it was not sent again. A retry that does not ask trusts the service's memory of keys."
         )
     for result, ended in ((before, "failed without guards"), (after, "were undone with guards")):
         if result.reasons:
