@@ -11,7 +11,7 @@ import asyncio
 import contextvars
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from dbos import DBOS, SetWorkflowID
@@ -35,10 +35,21 @@ from resilient.engines._wire import Ending, Order, error_of, kept_error, plain, 
 from resilient.errors import Incompatible, SagaStuck
 from resilient.policy import SYSTEM
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["ENDS", "Attempts", "Carrier", "Given", "Record", "Undoings"]
+__all__ = [
+    "ENDS",
+    "Attempts",
+    "Carrier",
+    "Given",
+    "Record",
+    "Undoings",
+    "decorate_with",
+    "failure_of",
+    "read",
+    "text_of",
+    "undo_apart",
+    "undo_apart_plain",
+    "undoings_of",
+]
 
 
 class Given(Struct):
