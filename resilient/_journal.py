@@ -18,7 +18,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from resilient._codec import Form, Json, form_of, returns
-from resilient._undo import RESULT, UNKNOWN, Compensation, Undo, takes_result
+from resilient._undo import RESULT, UNKNOWN, Compensation, Undo
 from resilient.errors import StoreError
 
 __all__ = [
@@ -176,7 +176,7 @@ def _look(name: str) -> Any:
 class CallForm:
     """How the arguments of one function are written and come back, by the annotations of its parameters."""
 
-    __slots__ = ("_decoders", "_rest", "_signature", "name")
+    __slots__ = ("_decoders", "_many", "_names", "_rest", "_signature", "name", "takes_result")
 
     def __init__(self, function: Any, name: str, skip: int = 0) -> None:
         self.name = name
@@ -192,6 +192,10 @@ class CallForm:
         except (NameError, TypeError, AttributeError):
             hints = {}
         json = Json(limit=LIMIT)
+        # Looked up for every step, so found out once.
+        self.takes_result = "result" in self._signature.parameters
+        self._names: list[str] = []
+        self._many: str | None = None
         self._decoders: dict[str, Any] = {}
         self._rest = json.form(Any)
         for parameter in self._signature.parameters.values():
@@ -206,6 +210,10 @@ class CallForm:
                 self._rest = form
             else:
                 self._decoders[parameter.name] = form
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                self._many = parameter.name
+            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                self._names.append(parameter.name)
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any], **more: Any) -> tuple[Raw, Raw]:
         """Arguments as JSON. `TypeError` for what would not come back as it went, or does not fit with `more`."""
@@ -239,12 +247,11 @@ class CallForm:
 
     def _positional(self, index: int) -> str:
         """The name of the parameter that takes the argument at `index`."""
-        for place, parameter in enumerate(self._signature.parameters.values()):
-            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
-                break
-            if place == index or parameter.kind is parameter.VAR_POSITIONAL:
-                return parameter.name
-        raise TypeError(f"{self.name} takes fewer arguments")
+        if index < len(self._names):
+            return self._names[index]
+        if self._many is None:
+            raise TypeError(f"{self.name} takes fewer arguments")
+        return self._many
 
     def _form(self, parameter: str) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
         form: tuple[Callable[[Any], bytes], Callable[[bytes], Any]] = self._decoders.get(parameter, self._rest)
@@ -303,7 +310,7 @@ def undoing(undo: Undo, of: Any = None) -> Undoing:
         results += [key for key, one in kwargs.items() if one is RESULT]
     else:
         args, kwargs = undo.args, undo.kwargs
-        results = ["result"] if takes_result(given) else []
+        results = ["result"] if form.takes_result else []
         if results:
             written = form.write(args, kwargs, result=UNKNOWN)
             return _written(name, written, results, of)
