@@ -50,6 +50,7 @@ from resilient.demo.numbers import Outcome, Progress, Tally
 from resilient.demo.orders import BUNDLED, FIELDS, Order, OrdersError, parse, read
 from resilient.demo.payment import payments, transient, undone
 from resilient.demo.run import compare
+from resilient.demo.saga import NAME
 from resilient.demo.schedule import SERVICES, Episode, Fate, Schedule
 from resilient.demo.services import CRASHED, Ledger, Service, bound, serve
 from resilient.demo.supervisor import ServiceFailed, Services
@@ -902,7 +903,7 @@ def test_a_client_places_what_is_not_over_yet(
     assert progress.breakers == (dict.fromkeys(SERVICES, "closed") if guarded else {})
     if guarded:
         store = stores.open(worker.books_of(tmp_path))
-        found = sagas.list_sagas(store, name="order")
+        found = sagas.list_sagas(store, name=NAME)
         store.close()
         assert {one.id: one.state for one in found} == {orders[0].id: "done", orders[2].id: "done"}
 

@@ -189,6 +189,7 @@ class World:
         self.always: dict[tuple[str, str], str] = {}
         self.log: list[tuple[str, str, str]] = []
         self.said: dict[str, Outcome] = {}
+        self.places = True
         for name in SERVICES:
             self.start(name)
 
@@ -203,7 +204,7 @@ class World:
 
     async def serve(self, request: httpx.Request) -> httpx.Response:
         if self.dead.is_set():
-            raise httpx.ConnectError("the dead send nothing", request=request)
+            raise RuntimeError("the dead send nothing")
         name, number = request.url.host, request.url.path.rpartition("/")[2]
         what = self.always.get((name, request.method)) or (self.plan.pop(0) if self.plan else "fine")
         self.log.append((request.method, name, what))
@@ -254,7 +255,7 @@ class World:
                 desk = Desk(store, journal, self.clock)
                 shop.set(guards(calls, desk.env, 4.8, store, journal.post))
                 self.left = await desk.look()
-                placing = [self._one(desk, each) for each in self.orders if each.id not in self.said]
+                placing = [self._one(desk, each) for each in self.orders if self.places and each.id not in self.said]
                 await asyncio.gather(desk.recover(), *placing)
         finally:
             journal.close()
@@ -264,7 +265,7 @@ class World:
 
     def audit(self) -> Audit:
         shown = {name: {"received": {}, **trade.shown()} for name, trade in self.trades.items()}
-        found = sagas.list_sagas(self.store, name="order")
+        found = sagas.list_sagas(self.store, name=saga_module.NAME)
         stuck = {one.id: one.state for one in found if one.state not in ("done", "aborted")}
         said = {number: outcome.failed_at is None for number, outcome in self.said.items()}
         return Audit(self.orders, books(json.decode(json.encode(shown))), said, stuck)
@@ -341,6 +342,33 @@ def test_an_order_whose_client_was_killed_while_it_was_undone_is_undone(tmp_path
     assert (world.progress().left, world.progress().recovered) == (1, {"aborted": 1})
 
 
+@pytest.mark.parametrize(("flaw", "requests"), [("", 5), ("short", 2), ("declined", 4), ("refused", 6)])
+@pytest.mark.parametrize("end", ["kill", "killed"])
+def test_wherever_a_client_is_killed_the_next_one_brings_the_order_to_its_end(
+    tmp_path: Path, flaw: str, requests: int, end: str
+) -> None:
+    for request in range(requests):
+        path = tmp_path / str(request)
+        path.mkdir()
+        world = World(path, [order("a")], [*("fine",) * request, end], **({"a": flaw} if flaw else {}))
+        assert world.live()
+        assert not world.live()
+        assert (world.left, world.audit().faults, world.audit().complete) == (["a"], [], 0 if flaw else 1)
+        # The one in the midst of which it was killed comes again, and before a charge does, the gateway is asked.
+        assert requests + 1 <= len(world.log) <= requests + 2
+
+
+@pytest.mark.parametrize(("flaw", "state"), [("", "done"), ("refused", "aborted")])
+def test_recovery_needs_nobody_to_ask_for_the_order(tmp_path: Path, flaw: str, state: str) -> None:
+    world = World(tmp_path, [order("a")], [*("fine",) * 3, "kill"], **({"a": flaw} if flaw else {}))
+    assert world.live()
+    world.places = False
+    assert not world.live()
+    assert world.progress().recovered == {state: 1}
+    assert world.audit().faults == []
+    assert {one.state for one in sagas.list_sagas(world.store)} == {state}
+
+
 def test_a_client_that_was_killed_before_it_noted_the_end_learns_it_from_the_journal(tmp_path: Path) -> None:
     world = World(tmp_path, [order("a"), order("b", "B")], b="refused")
     assert not world.live()
@@ -356,7 +384,7 @@ def test_what_cannot_be_undone_is_stuck_and_said(tmp_path: Path) -> None:
     world = World(tmp_path, [order("a")], a="declined")
     world.always["inventory", "DELETE"] = "error"
     assert not world.live()
-    assert (world.said["a"].failed_at, world.said["a"].reason) == ("order", "stuck")
+    assert (world.said["a"].failed_at, world.said["a"].reason) == (saga_module.NAME, "stuck")
     audit = world.audit()
     assert (audit.half, audit.stuck, audit.unreported) == ({"a": "reserved"}, {"a": "stuck"}, [])
     assert "DELETE payment" in asked(world)
@@ -399,7 +427,7 @@ def test_an_order_is_left_after_many_tries_and_that_is_said(tmp_path: Path) -> N
             journal.close()
 
     outcome = asyncio.run(main(FakeClock()))
-    assert (outcome.failed_at, outcome.reason) == ("order", "left unfinished")
+    assert (outcome.failed_at, outcome.reason) == (saga_module.NAME, "left unfinished")
 
 
 WHAT = ("fine", "refused", "error", "done", "lost", "hang", "slow", "crash", "killed", "kill")

@@ -23,7 +23,7 @@ from resilient.saga import AsyncSagaRun
 
 __all__ = ["NAME", "Desk", "StepFailed", "place", "shop"]
 
-NAME = "order"
+NAME = "demo.order"
 LEASE, SLACK = 1.5, 0.05
 """Seconds without a sign of life after which a client counts as dead; and some more, for clocks."""
 HANDS = 16
