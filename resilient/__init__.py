@@ -86,7 +86,9 @@ if TYPE_CHECKING:
     from resilient.retry import Retry as Retry
     from resilient.saga import RESULT as RESULT
     from resilient.saga import UNKNOWN as UNKNOWN
+    from resilient.saga import AsyncSagaRun as AsyncSagaRun
     from resilient.saga import Saga as Saga
+    from resilient.saga import SagaRun as SagaRun
     from resilient.saga import branch as branch
     from resilient.saga import call as call
     from resilient.timeout import Timeout as Timeout
@@ -144,7 +146,7 @@ _HOMES = {
     "policy": ("SYSTEM", "Env", "Policy"),
     "ratelimit": ("RateLimiter",),
     "retry": ("Retry",),
-    "saga": ("RESULT", "UNKNOWN", "Saga", "branch", "call"),
+    "saga": ("RESULT", "UNKNOWN", "AsyncSagaRun", "Saga", "SagaRun", "branch", "call"),
     "timeout": ("Timeout", "deadline", "remaining"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

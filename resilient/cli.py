@@ -49,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=8, metavar="N", help="the seed of the schedule (default: 8)")
     demo.add_argument("--plain", action="store_true", help="lines in place of the live board, without colours")
     demo.add_argument(
-        "--orders", type=Path, metavar="FILE", help="a CSV file of orders (default: the 600 that come along)"
+        "--orders",
+        type=Path,
+        metavar="FILE",
+        help="a CSV file of orders; the first 400 are taken (default: those that come along)",
     )
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of the report to FILE as well")
     _cli_idempotency.add(commands)
