@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -994,7 +995,7 @@ def test_what_cannot_be_a_body_is_refused(spy: Spy) -> None:
     with pytest.raises(ValueError, match="two durable sagas named 'order'"):
         DurableSaga("order", store=spy)(athree)
     assert DurableSaga("order", store=spy)(three).name == "order"
-    assert list(durable.known()) == ["order"]
+    assert durable.known()["order"].__wrapped__ is three
 
 
 def test_an_engine_is_asked_to_bind_the_body(spy: Spy) -> None:
@@ -1105,3 +1106,17 @@ def test_a_heartbeat_that_is_under_way_at_the_end_is_waited_for(
     assert made(spy)("o", id="o-1") == "oABC"
     assert settled == (["settled"] if under_way else [])
     assert spy.ops[-1] == "Finish"
+
+
+def test_a_saga_of_the_library_s_own_vouches_for_its_own_package_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    vouched: list[str] = []
+    monkeypatch.setattr(durable, "vouch_for", vouched.append)
+    store = MemoryStore()
+
+    def body(saga: Any) -> None: ...
+
+    for module in ("resilient.demo.saga", "resilient", "shop.orders.place"):
+        body.__module__ = module
+        with contextlib.suppress(TypeError, ValueError):
+            DurableSaga(f"of {module}", store=store)(body)
+    assert vouched == ["resilient.demo", "resilient", "shop"]

@@ -346,6 +346,7 @@ def test_the_store_of_the_recoverer_is_the_one_that_counts(spy: Spy) -> None:
 
 
 def test_a_url_names_a_store() -> None:
+    forget_shared()
     try:
         assert sagas.list_sagas("memory://") == []
         assert sagas.recover("memory://") == sagas.Report()

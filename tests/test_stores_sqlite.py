@@ -369,7 +369,7 @@ def test_a_purge_and_a_claim_go_by_an_index() -> None:
     writer, table = store._file.writer, store._file.sql
     assert writer is not None
     for statement, values in (
-        (table._purge, (1.0, 10)),
+        (table._purge, (1.0, 10, 1.0, 1.0, 10, 10)),
         (table._select, ("k",)),
         (table._finish, (b"", 1.0, 1.0, "k", "a", 1, 1)),
         (table._scans[""], ("", 1.0, "", 1)),

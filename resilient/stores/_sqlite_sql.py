@@ -191,8 +191,8 @@ class Sql:
         # What is open began before its mark.
         self._purge = (
             f"DELETE FROM {table} WHERE rowid IN (SELECT * FROM (SELECT rowid FROM {table} WHERE result IS NOT NULL "
-            "AND mark <= ?1 ORDER BY mark LIMIT ?2) UNION ALL SELECT * FROM (SELECT rowid FROM "
-            f"{table} WHERE result IS NULL AND began <= ?1 AND mark <= ?1 ORDER BY began LIMIT ?2) LIMIT ?2)"
+            "AND mark <= ? ORDER BY mark LIMIT ?) UNION ALL SELECT * FROM (SELECT rowid FROM "
+            f"{table} WHERE result IS NULL AND began <= ? AND mark <= ? ORDER BY began LIMIT ?) LIMIT ?)"
         )
         entries = f"{prefix}entries"
         self._first = f"INSERT INTO {entries} (key, number, data) VALUES (?, 0, ?) ON CONFLICT (key, number) DO NOTHING"
@@ -206,8 +206,8 @@ class Sql:
         self._length = f"SELECT entries FROM {table} WHERE key = ?"
         # One statement, so that it is of one instant on any connection.
         self._history = (
-            f"SELECT -1, {columns} FROM {table} WHERE key = ?1 UNION ALL "
-            f"SELECT number, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, +data FROM {entries} WHERE key = ?1"
+            f"SELECT -1, {columns} FROM {table} WHERE key = ? UNION ALL "
+            f"SELECT number, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, +data FROM {entries} WHERE key = ?"
         )
         self._forget = f"DELETE FROM {table} WHERE key = ? AND (result IS NOT NULL OR mark <= ?)"
         self._how: dict[type[AnyOp], Callable[[Execute, Any, float], object]] = {
@@ -340,7 +340,7 @@ class Sql:
     def _do_history(self, execute: Execute, op: History, now: float) -> tuple[Record, tuple[bytes, ...]] | None:
         record: Record | None = None
         journal: dict[int, bytes] = {}
-        for number, *values in execute(self._history, (op.key,)).fetchall():
+        for number, *values in execute(self._history, (op.key, op.key)).fetchall():
             if number == -1:
                 row = _checked(op.key, self._texts(values) if self._neutral else values)
                 record = _record(op.key, row, now)
@@ -411,7 +411,8 @@ class Sql:
 
     def _do_purge(self, execute: Execute, op: Purge, now: float) -> int:
         # A lease that runs has a mark in the future.
-        return execute(self._purge, (now - op.older_than, op.batch)).rowcount
+        then, batch = now - op.older_than, op.batch
+        return execute(self._purge, (then, batch, then, then, batch, batch)).rowcount
 
     def _do_forget(self, execute: Execute, op: Forget, now: float) -> bool:
         return execute(self._forget, (op.key, now)).rowcount == 1
