@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from resilient import Env, Hedge, Pipeline, Timeout, _threads, deadline, remaining
-from resilient._aio import Timers, within
+from resilient._aio import Timers, shielded, within
 from resilient.clock import SystemClock
 from resilient.testing import FakeClock
 from tests.test_hedge import Bench
@@ -368,3 +368,23 @@ def test_a_thread_that_is_taken_while_it_would_end_stays() -> None:
     assert ended.wait(10)
     worker.join(10)
     assert not worker.is_alive()
+
+
+def test_what_is_shielded_goes_on_however_often_its_caller_is_cancelled() -> None:
+    async def main() -> None:
+        gate = asyncio.Event()
+
+        async def work() -> str:
+            await gate.wait()
+            return "done"
+
+        task = asyncio.create_task(shielded(work))
+        for _ in range(3):
+            await turn()
+            await turn()
+            task.cancel()
+        await turn()
+        gate.set()
+        assert await task == "done"
+
+    asyncio.run(main())

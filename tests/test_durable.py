@@ -29,7 +29,9 @@ from resilient import (
 )
 from resilient._ambient import deadline
 from resilient._book import Lost, stored_key
+from resilient._drive import Outcome
 from resilient._keeper import Beat, ThreadKeeper
+from resilient._run import Run
 from resilient.saga import branch
 from resilient.stores import MemoryStore
 from resilient.stores._ops import Append, Begin, Claim, Finish, Forget, Renew
@@ -1120,3 +1122,32 @@ def test_a_saga_of_the_library_s_own_vouches_for_its_own_package_only(monkeypatc
         with contextlib.suppress(TypeError, ValueError):
             DurableSaga(f"of {module}", store=store)(body)
     assert vouched == ["resilient.demo", "resilient", "shop"]
+
+
+def test_who_cannot_undo_a_saga_says_why_and_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Book:
+        failed = "ValueError: 3"
+
+        def left(self) -> Any:
+            raise LookupError("there is no function shop:release here")
+
+        def leave(self) -> Any:
+            yield "left"
+
+    saga = Saga("order", id="o-1")
+    book: Any = Book()
+    program = durable.undone(saga, Run(saga), book, lambda: None)
+    assert next(program) == "left"
+    with pytest.raises(StopIteration) as ended:
+        next(program)
+    assert isinstance(ended.value.value.error, LookupError)
+
+    def nothing(*args: Any) -> Any:
+        return Outcome(None, None)
+        yield
+
+    book.left = list
+    monkeypatch.setattr(durable, "rollback", nothing)
+    with pytest.raises(StopIteration) as well:
+        next(durable.undone(saga, Run(saga), book, lambda: None))
+    assert well.value.value.error is None

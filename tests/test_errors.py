@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle  # noqa: TID251
+from typing import Any
 
 import pytest
 
@@ -35,3 +36,13 @@ def test_errors_are_pickled() -> None:
 def test_the_lists_of_names_are_sorted_and_public() -> None:
     assert errors.__all__ == sorted(errors.__all__)
     assert set(errors.__all__) <= set(resilient.__all__)
+
+
+def test_a_part_of_what_is_stuck_says_of_which_saga() -> None:
+    stuck = errors.SagaStuck("compensations failed for good", [ValueError(1), OSError(2)], "order", "o-1")
+    part: Any = stuck.subgroup(ValueError)
+    assert (part.saga, part.id, str(part)) == (
+        "order",
+        "o-1",
+        "saga order (o-1): compensations failed for good (1 of them)",
+    )

@@ -1920,3 +1920,10 @@ def test_a_lambda_that_turns_out_to_be_async_over_a_store_that_is_not_leaves_not
     call = Idempotent(Plain(), key="key")(turning)
     with pytest.raises(TypeError, match="serves plain functions only"):
         call("k")
+
+
+def test_a_lambda_that_turns_out_to_be_a_generator_is_refused() -> None:
+    turning: Fn = lambda key: (letter for letter in key)  # noqa: E731
+    call = Idempotent(MemoryStore(), key="key")(turning)
+    with pytest.raises(TypeError, match="does not serve a generator function"):
+        call("k")

@@ -151,3 +151,9 @@ def test_threaded_watches_and_closes_as_its_store_does() -> None:
 def test_threaded_refuses_what_is_no_store() -> None:
     with pytest.raises(TypeError, match="store must have a method execute, which 5 has not"):
         Threaded(cast(Any, 5))
+
+
+def test_shared_stores_are_forgotten_closed_or_not() -> None:
+    _open._shared["odd://"] = object()
+    _open.forget_shared()
+    assert "odd://" not in _open._shared

@@ -8,7 +8,7 @@ import pytest
 
 from resilient._contract import Case
 from resilient.errors import StoreError
-from resilient.stores import Abandon, Acquired, Bells, Claim, Finish, MemoryStore, Purge, Scan
+from resilient.stores import Abandon, Acquired, Bells, Claim, Finish, MemoryStore, Purge, Scan, _watch
 from resilient.stores._ops import Append, Begin, History
 from resilient.testing import FakeClock, store_contract
 
@@ -140,3 +140,11 @@ def test_a_forked_child_watches_anew() -> None:
     with open(reader, "rb") as told:
         assert told.read() == b"fine"
     os.waitpid(child, 0)
+
+
+def test_after_a_fork_nobody_watches() -> None:
+    bells = Bells()
+    bells.watch("k", task=False)
+    assert bells
+    _watch._forked()
+    assert not bells

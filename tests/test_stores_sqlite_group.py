@@ -1031,3 +1031,26 @@ def test_who_comes_second_to_open_finds_it_open(store: SQLiteStore) -> None:
     store._file.write = None
     store._file._opening = opening
     assert store._file.ready() is not write, "interrupted between the two, the connection is used all the same"
+
+
+def test_two_tasks_that_come_at_once_begin_one_thread(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "s.db")
+    group: Any = store._group
+    mutex, roused = group._mutex, []
+
+    class Helper:
+        def rouse(self) -> None:
+            roused.append(self)
+
+    class Other:
+        def __enter__(self) -> None:
+            group._writer = Helper()
+
+        def __exit__(self, *exc: object) -> None:
+            pass
+
+    group._mutex = Other()
+    group._help()
+    assert roused == [group._writer]
+    group._mutex, group._writer = mutex, None
+    store.close()

@@ -353,7 +353,7 @@ def test_those_in_doubt_are_found_without_a_look_at_those_that_have_ended(store:
         way = plan(table._scans[state], ("", 1.0, 0.0, "", 10))
         assert "resilient_records_open (began>?)" in way
         assert "SCAN" not in way
-    way = plan(table._purge, (1.0, 10))
+    way = plan(table._purge, (1.0, 10, 1.0, 1.0, 10, 10))
     assert "resilient_records_ended (mark<?)" in way
     assert "resilient_records_open (began<?)" in way
     assert "SCAN resilient_records" not in way
