@@ -361,7 +361,7 @@ def test_those_in_doubt_are_found_without_a_look_at_those_that_have_ended(store:
     for statement, values in (
         (table._next, (1.0, "k", "a", 1, 1, 1)),
         (table._next_label, (1.0, "label", "k", "a", 1, 1, 1)),
-        (table._history, ("k",)),
+        (table._history, ("k", "k")),
         (table._renew, (1.0, "k", "a", 1, 1)),
     ):
         assert "SEARCH" in plan(statement, values)
