@@ -167,7 +167,7 @@ def _look(name: str) -> Any:
         place = sys.modules["__main__"]
     for part in qualname.split("."):
         try:
-            place = cast(Any, vars(place)[part])
+            place = vars(place)[part]
         except (TypeError, KeyError):
             return None
     return getattr(cast(Any, place), "__func__", None) if type(place) is staticmethod else place
