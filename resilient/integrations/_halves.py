@@ -16,7 +16,7 @@ from resilient._drive import RUN, Outcome, Program
 from resilient._keeper import TaskKeeper, ThreadKeeper
 from resilient._once import Hold, Tally, lost, once
 from resilient.errors import ResilientError
-from resilient.idempotency import Hasher
+from resilient.idempotency import Hasher, _one_of
 from resilient.integrations._http import (
     Answer,
     AnswerForm,
@@ -237,12 +237,6 @@ def _remember(given: Any) -> Callable[[int], bool]:
     if not all(isinstance(status, int) and 200 <= status <= 599 for status in statuses):
         raise ValueError(f"remember must be statuses from 200 to 599 or a function of a status, not {given!r}")
     return statuses.__contains__
-
-
-def _one_of(parameter: str, value: Any, words: tuple[str, ...]) -> str:
-    if value not in words:
-        raise ValueError(f"{parameter} must be {' or '.join(map(repr, words))}, not {value!r}")
-    return str(value)
 
 
 def _token(parameter: str, value: Any) -> str:
