@@ -7,6 +7,7 @@ the answer, or asserts.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -14,12 +15,22 @@ import tempfile
 from contextlib import ExitStack
 from typing import Any
 
+import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key, get_timeout_config_value
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 # A shell starts background jobs with Ctrl-C ignored, and Python leaves it so; tests of Ctrl-C need the usual handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """When a test fails pytest stops the watch over it; here it begins anew, since what cleans up may hang too."""
+    timeout = get_timeout_config_value(node.config)
+    if isinstance(node, pytest.Item) and timeout:
+        faulthandler.dump_traceback_later(timeout, file=node.config.stash[fault_handler_stderr_fd_key], exit=True)
 
 
 class Page:

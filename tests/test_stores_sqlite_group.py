@@ -904,12 +904,13 @@ def test_before_a_fork_everything_is_closed_between_two_batches(
         thawed.wait()
         _sqlite_group._thaw()
 
-    frozen = threading.Thread(target=freeze)
+    frozen = threading.Thread(target=freeze, daemon=True)
     frozen.start()
     callers.queued(1)
     callers.call(Claim("second", "a", 10.0))
     callers.queued(2)
     go.set()
+    callers.threads[0].join()
     while store._group._frozen is None or store._file.writer is not None:
         CLOCK.sleep(0.0005)
     assert not store._file._readers
