@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import msgspec
 from msgspec import Raw, UnsetType
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["DurableBody", "DurableSaga", "known"]
 
 Given: TypeAlias = tuple[list[Any], dict[str, Any]]
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
 
 _bodies: dict[str, DurableBody] = {}
 
@@ -41,7 +43,15 @@ def known() -> dict[str, DurableBody]:
     return dict(_bodies)
 
 
-class DurableSaga:
+class Engine(Protocol[B_co]):
+    """What runs bodies elsewhere: it makes of each what its callers get."""
+
+    def bind(self, durable: DurableSaga[Any], body: Callable[..., Any], /) -> B_co:
+        """What `DurableSaga` makes of `body`."""
+        ...
+
+
+class DurableSaga(Generic[B]):
     """Make a function the body of a durable saga: `@DurableSaga("order", store="sqlite:///sagas.db")`.
 
     The body's first parameter is the saga; `place(order, id="o-42")` runs it. Arguments and results are kept as JSON,
@@ -55,6 +65,42 @@ class DurableSaga:
 
     __slots__ = ("_options", "attempts", "engine", "env", "in_doubt", "lease", "name", "store", "version")
 
+    @overload
+    def __init__(
+        self: DurableSaga[DurableBody],
+        name: str,
+        *,
+        store: Any,
+        engine: None = None,
+        version: int = 1,
+        lease: float = 30.0,
+        timeout: float | None = None,
+        compensate_on: Any = Exception,
+        on_stuck: Literal["raise", "continue"] = "raise",
+        retries: Retry | None = None,
+        grace: float = 30.0,
+        in_doubt: Literal["rerun", "stuck"] = "rerun",
+        attempts: int = 10,
+        env: Env = SYSTEM,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        name: str,
+        *,
+        store: None = None,
+        engine: Engine[B],
+        version: int = 1,
+        lease: float = 30.0,
+        timeout: float | None = None,
+        compensate_on: Any = Exception,
+        on_stuck: Literal["raise", "continue"] = "raise",
+        retries: Retry | None = None,
+        grace: float = 30.0,
+        in_doubt: Literal["rerun", "stuck"] = "rerun",
+        attempts: int = 10,
+        env: Env = SYSTEM,
+    ) -> None: ...
     def __init__(
         self,
         name: str,
@@ -94,17 +140,16 @@ class DurableSaga:
         self.in_doubt: Literal["rerun", "stuck"] = in_doubt
         self.attempts = whole("attempts", attempts)
 
-    def __call__(self, body: Callable[..., Any], /) -> DurableBody:
+    def __call__(self, body: Callable[..., Any], /) -> B:
         """Make `body` the body of this saga. `ValueError` if another one has its name."""
         # What the body's own package has may be named by its journals.
         module = module_of(body)
         top, _, inner = module.partition(".")
         # A saga of this library's own, such as the demo's, says nothing for the rest of it.
         vouch_for(module.rpartition(".")[0] if top == "resilient" and inner else top)
-        if self.engine is not None:
-            bound: DurableBody = self.engine.bind(self, body)
-            return bound
-        return self.local(body)
+        made: Any = self.local(body) if self.engine is None else self.engine.bind(self, body)
+        bound: B = made
+        return bound
 
     def local(self, body: Callable[..., Any], /) -> DurableBody:
         """Make `body` the body of this saga, run by this library itself, on the store."""
@@ -133,7 +178,7 @@ class DurableBody:
 
     __wrapped__: Callable[..., Any]
 
-    def __init__(self, durable: DurableSaga, body: Callable[..., Any], is_async: bool) -> None:
+    def __init__(self, durable: DurableSaga[Any], body: Callable[..., Any], is_async: bool) -> None:
         functools.update_wrapper(self, body)
         self.durable, self.is_async = durable, is_async
         self._input = CallForm(body, _place(body), skip=1)

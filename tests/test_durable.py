@@ -253,7 +253,7 @@ def test_a_duplicate_waits_for_the_first_and_gets_its_result(spy: Spy) -> None:
         thread.start()
         assert waiting.wait(60)
 
-    thread = threading.Thread(target=second)
+    thread = threading.Thread(target=second, daemon=True)
     hooks["b"] = within
     assert place("o", id="o-1") == "oABC"
     thread.join()
@@ -978,11 +978,11 @@ def test_a_result_that_cannot_be_kept_fails_the_saga(spy: Spy) -> None:
 
 def test_what_cannot_be_a_body_is_refused(spy: Spy) -> None:
     with pytest.raises(TypeError, match="needs a store, or an engine"):
-        DurableSaga("order")
+        DurableSaga("order")  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="engine must be an engine"):
-        DurableSaga("order", engine=3)
+        DurableSaga("order", engine=3)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="in_doubt must be"):
-        DurableSaga("order", store=spy, in_doubt="perhaps")  # type: ignore[arg-type]
+        DurableSaga("order", store=spy, in_doubt="perhaps")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="attempts"):
         DurableSaga("order", store=spy, attempts=0)
 

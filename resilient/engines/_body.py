@@ -290,7 +290,7 @@ class EngineBody:
 
     __wrapped__: Callable[..., Any]
 
-    def __init__(self, durable: DurableSaga, body: Callable[..., Any], is_async: bool) -> None:
+    def __init__(self, durable: DurableSaga[Any], body: Callable[..., Any], is_async: bool) -> None:
         functools.update_wrapper(self, body)  # type: ignore[arg-type]
         place = f"{body.__module__}:{body.__qualname__}"
         self.durable, self.is_async = durable, is_async

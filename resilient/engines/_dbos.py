@@ -56,7 +56,12 @@ class DBOSBody(EngineBody):
     workflow: Any
     _workflow: Callable[[], Callable[[str], Any]]
 
-    def __init__(self, engine: DBOSEngine, durable: DurableSaga, body: Callable[..., Any], is_async: bool) -> None:
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, id: str, **kwargs: Any) -> Any:
+            """Run the saga with this id, or get the result that it had; a coroutine, if the body is one."""
+
+    def __init__(self, engine: DBOSEngine, durable: DurableSaga[Any], body: Callable[..., Any], is_async: bool) -> None:
         super().__init__(durable, body, is_async)
         self.engine = engine
         decorate = decorate_with(name=self.name, max_recovery_attempts=durable.attempts)

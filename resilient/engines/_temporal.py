@@ -182,7 +182,7 @@ def _workflow_of(body: TemporalBody) -> Any:
 class TemporalBody(EngineBody):
     """A durable saga's body on Temporal: `await place(…, id="o-42")`. `workflow` is its class, for workers of yours."""
 
-    def __init__(self, engine: TemporalEngine, durable: DurableSaga, body: Callable[..., Any]) -> None:
+    def __init__(self, engine: TemporalEngine, durable: DurableSaga[Any], body: Callable[..., Any]) -> None:
         super().__init__(durable, body, True)
         self.engine = engine
         self.workflow = _workflow_of(self)

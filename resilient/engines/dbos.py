@@ -54,7 +54,7 @@ class DBOSEngine:
 
         return DBOSPortableJSONSerializer()
 
-    def bind(self, durable: DurableSaga, body: Callable[..., Any], /) -> DBOSBody:
+    def bind(self, durable: DurableSaga[Any], body: Callable[..., Any], /) -> DBOSBody:
         """What `DurableSaga` makes of `body`, a function or a coroutine function."""
         kind = kind_of(body)
         if kind not in ("sync", "coro"):

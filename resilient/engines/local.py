@@ -6,9 +6,12 @@ Promises and costs: see `resilient.durable`. It is here so that a program can ta
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resilient.stores._open import shared
+
+if TYPE_CHECKING:
+    from resilient.durable import DurableBody, DurableSaga
 
 __all__ = ["LocalEngine"]
 
@@ -32,7 +35,7 @@ class LocalEngine:
             raise TypeError("LocalEngine needs a store, or its URL")
         self.store = shared(store) if isinstance(store, str) else store
 
-    def bind(self, durable: Any, body: Callable[..., Any], /) -> Any:
+    def bind(self, durable: DurableSaga[Any], body: Callable[..., Any], /) -> DurableBody:
         """What `DurableSaga` makes of `body`."""
         return durable.local(body)
 

@@ -79,7 +79,7 @@ class TemporalEngine:
         client: Client = self._client
         return client
 
-    def bind(self, durable: DurableSaga, body: Callable[..., Any], /) -> TemporalBody:
+    def bind(self, durable: DurableSaga[Any], body: Callable[..., Any], /) -> TemporalBody:
         """What `DurableSaga` makes of `body`. `TypeError` for a plain function."""
         if kind_of(body) != "coro":
             raise TypeError(f"Temporal runs coroutines only, and {body!r} is none: make it async def")

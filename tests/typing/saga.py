@@ -4,11 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import assert_type
+from collections.abc import Awaitable, Callable
+from typing import Any, assert_type
 
-from resilient import RESULT, UNKNOWN, Retry, Saga, branch, call
+from temporalio.client import Client
+
+from resilient import RESULT, UNKNOWN, DurableSaga, Retry, Saga, branch, call
 from resilient._barrier import abarrier, barrier
+from resilient.durable import DurableBody
+from resilient.engines import DBOSEngine, LocalEngine, TemporalEngine
+from resilient.engines._dbos import DBOSBody
+from resilient.engines._temporal import TemporalBody
 from resilient.saga import AsyncSagaRun, Branch, SagaRun
 
 
@@ -91,3 +97,36 @@ async def barriers(connection: object) -> None:
     assert_type(await abarrier(connection, key="order/o-1/1", op="compensation"), bool)
     barrier(connection, "order/o-1", 1, "undo")  # type: ignore[call-overload]
     barrier(connection, key="order/o-1/1")  # type: ignore[call-overload]
+
+
+def placed(saga: SagaRun, order: str) -> str:
+    return order
+
+
+async def aplaced(saga: AsyncSagaRun, order: str) -> str:
+    return order
+
+
+class OwnEngine:
+    """An engine of somebody's own."""
+
+    def bind(self, durable: DurableSaga[Any], body: Callable[..., Any], /) -> Callable[[str], int]:
+        raise NotImplementedError
+
+
+def engines(client: Client) -> None:
+    local = DurableSaga("order", store="memory://", version=2)(placed)
+    assert_type(local, DurableBody)
+    assert_type(DurableSaga("order", engine=LocalEngine("memory://"))(aplaced), DurableBody)
+    temporal = DurableSaga("order", engine=TemporalEngine(client, task_queue="orders"), attempts=3)(aplaced)
+    assert_type(temporal, TemporalBody)
+    on_dbos = DurableSaga("order", engine=DBOSEngine())(placed)
+    assert_type(on_dbos, DBOSBody)
+    on_dbos("o-1", id="o-1")
+    assert_type(DurableSaga("order", engine=OwnEngine())(placed), Callable[[str], int])
+    local.recover()
+    # Where an engine runs them, nobody recovers them from here, and there is no journal to go on from.
+    print(temporal.resume)  # type: ignore[attr-defined]
+    print(on_dbos.arecover)  # type: ignore[attr-defined]
+    DurableSaga("order", engine="temporal")  # type: ignore[call-overload]
+    DurableSaga("order")  # type: ignore[call-overload]
