@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
 import threading
@@ -85,15 +86,14 @@ def fork(path: str) -> None:
     store = SQLiteStore(path, durability="normal")
     unused = SQLiteStore(path, prefix="unused_")
     stop = threading.Event()
-    number = 0
+    numbers = itertools.count(1)
 
     async def task() -> None:
         await store.aexecute(Claim(f"task {os.getpid()}", "a", 1000.0))
 
     def work() -> None:
-        nonlocal number
         while not stop.is_set():
-            number += 1
+            number = next(numbers)
             store.execute(Claim(f"parent {number}", "p", 1000.0))
             store.execute(Read(f"parent {number}"))
 
@@ -105,7 +105,7 @@ def fork(path: str) -> None:
         store.close()
 
     asyncio.run(task())
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for _ in range(10):
@@ -114,7 +114,7 @@ def fork(path: str) -> None:
     for thread in threads:
         thread.join()
     store.execute(Claim("last", "p", 1000.0))
-    print(sum(1 for number in range(1, number + 1) if store.execute(Read(f"parent {number}")) is None))
+    print(sum(1 for number in range(1, next(numbers)) if store.execute(Read(f"parent {number}")) is None))
     store.close()
     unused.close()
 
@@ -134,7 +134,7 @@ def fork_stuck(path: str) -> None:
         return write(sql, parameters)
 
     store._file.write = slow
-    thread = threading.Thread(target=store.execute, args=(Claim("slow", "p", 1000.0),))
+    thread = threading.Thread(target=store.execute, args=(Claim("slow", "p", 1000.0),), daemon=True)
     thread.start()
     inside.wait()
 

@@ -365,8 +365,8 @@ def test_a_thread_that_is_taken_while_it_would_end_stays() -> None:
 
     worker.wake = Wake()  # type: ignore[assignment] # pyright: ignore[reportAttributeAccessIssue]
     worker.start()
-    assert ended.wait(10)
-    worker.join(10)
+    assert ended.wait(60)
+    worker.join(60)
     assert not worker.is_alive()
 
 

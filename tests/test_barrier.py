@@ -148,7 +148,7 @@ def test_duplicates_wait_for_the_end_of_the_first(connect: Connect, op: Any, end
         answers.append(barrier(second, "order/o-1", 1, op))
         second.commit()
 
-    thread = threading.Thread(target=duplicate)
+    thread = threading.Thread(target=duplicate, daemon=True)
     thread.start()
     # It cannot answer before the first has ended, whenever that is.
     assert answers == []
@@ -167,7 +167,7 @@ def test_a_compensation_waits_for_an_action_that_is_under_way(connect: Connect, 
         answers.append(barrier(second, "order/o-1", 1, "compensation"))
         second.commit()
 
-    thread = threading.Thread(target=compensate)
+    thread = threading.Thread(target=compensate, daemon=True)
     thread.start()
     getattr(first, ends)()
     thread.join(60)
@@ -189,7 +189,7 @@ def test_many_at_once_do_it_once(connect: Connect) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(connection,)) for connection in connections]
+    threads = [threading.Thread(target=work, args=(connection,), daemon=True) for connection in connections]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -264,7 +264,7 @@ def test_the_table_is_made_once_however_many_try(postgres_database: str) -> None
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(connection,)) for connection in connections]
+    threads = [threading.Thread(target=work, args=(connection,), daemon=True) for connection in connections]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -315,7 +315,7 @@ def test_pybreaker_excluded_counts_as_success() -> None:
 
 def test_pybreaker_lock_held_during_the_call() -> None:
     """pybreaker serialises all callers. Ours run together: the barrier breaks unless all are inside at once."""
-    barrier = threading.Barrier(8, timeout=20)
+    barrier = threading.Barrier(8, timeout=60)
     guarded = CircuitBreaker("b")(barrier.wait)
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(lambda _: guarded(), range(8))) == list(range(8))
@@ -617,7 +617,7 @@ def test_cancelled_at_every_await_no_place_is_lost(world: World, trip: Any, stat
 
 def test_threads_and_asyncio_and_trio_share_one_breaker() -> None:
     breaker = CircuitBreaker("b", FailureRate(1.0, over=100, minimum=100))
-    barrier = threading.Barrier(4, timeout=20)
+    barrier = threading.Barrier(4, timeout=60)
 
     @breaker
     def plain(n: int) -> int:
@@ -647,7 +647,7 @@ def test_threads_and_asyncio_and_trio_share_one_breaker() -> None:
         asyncio.run(main())
 
     bodies = [thread, thread, loop(in_asyncio), loop(trio.run)]
-    threads = [threading.Thread(target=body) for body in bodies]
+    threads = [threading.Thread(target=body, daemon=True) for body in bodies]
     for one in threads:
         one.start()
     for one in threads:
@@ -659,7 +659,7 @@ def test_successes_of_many_threads_are_all_counted() -> None:
     """The increment is not under the lock: with the switch interval at a millionth none of it may be lost."""
     breaker = CircuitBreaker("b", FailureRate(1.0, over=50, minimum=20))
     interval = sys.getswitchinterval()
-    barrier = threading.Barrier(4, timeout=20)
+    barrier = threading.Barrier(4, timeout=60)
 
     @breaker
     def call(n: int) -> None:
@@ -676,7 +676,7 @@ def test_successes_of_many_threads_are_all_counted() -> None:
 
     sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=caller) for _ in range(4)]
+        threads = [threading.Thread(target=caller, daemon=True) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -713,7 +713,7 @@ def test_many_threads_agree_on_who_probes() -> None:
                 guarded(True)
             clock.advance(1)
             most = 0
-            barrier = threading.Barrier(6, timeout=20)
+            barrier = threading.Barrier(6, timeout=60)
 
             def caller(barrier: threading.Barrier = barrier) -> None:
                 barrier.wait()
@@ -722,7 +722,7 @@ def test_many_threads_agree_on_who_probes() -> None:
                 except (Boom, BreakerOpen):
                     pass
 
-            threads = [threading.Thread(target=caller) for _ in range(6)]
+            threads = [threading.Thread(target=caller, daemon=True) for _ in range(6)]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -824,7 +824,7 @@ def test_blocks_may_end_in_any_order() -> None:
 def test_a_block_that_ends_elsewhere_says_nothing() -> None:
     """Entered in one context and left in another (as some test fixtures do): nothing breaks, nothing is counted."""
     breaker = CircuitBreaker("b")
-    thread = threading.Thread(target=breaker.__enter__)
+    thread = threading.Thread(target=breaker.__enter__, daemon=True)
     thread.start()
     thread.join()
     breaker.__exit__(None, None, None)

@@ -585,7 +585,7 @@ class Stock:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.process.communicate(timeout=20)
+        self.process.communicate(timeout=60)
 
 
 @pytest.fixture
@@ -667,7 +667,7 @@ def test_other_threads_still_hear_what_their_storage_logs(caplog: pytest.LogCapt
 
     class Chatty(Counting):
         def look(self) -> datetime | None:
-            thread = threading.Thread(target=lambda: logger.error("of another thread"))
+            thread = threading.Thread(target=lambda: logger.error("of another thread"), daemon=True)
             thread.start()
             thread.join()
             logger.info("not an error")
@@ -784,14 +784,14 @@ class Announcing(Counting):
 def test_a_daemon_thread_refreshes_all_breakers_and_ends_with_the_last(refresher: Refresher) -> None:
     one, two = Announcing(), Announcing()
     bench, other = Bench(storage=one), CircuitBreaker(storage=two)
-    assert one.read.wait(20)
-    assert two.read.wait(20)
+    assert one.read.wait(60)
+    assert two.read.wait(60)
     thread = refresher.thread
     assert thread is not None
     assert thread.daemon
     assert one.reader is two.reader is thread
     bench.fail(2)
-    assert one.written.wait(20), "a change is written without anybody's help"
+    assert one.written.wait(60), "a change is written without anybody's help"
     reference = weakref.ref(other)
     del other
     gc.collect()
@@ -799,20 +799,20 @@ def test_a_daemon_thread_refreshes_all_breakers_and_ends_with_the_last(refresher
     del bench
     gc.collect()
     refresher.wake()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
     assert refresher.thread is None
     refresher.wake()
     assert refresher.thread is None
     again = CircuitBreaker(storage=(storage := Announcing()))
-    assert storage.read.wait(20)
+    assert storage.read.wait(60)
     del again
 
 
 def test_in_the_child_of_a_fork_the_thread_starts_anew(refresher: Refresher) -> None:
     storage = Announcing()
     breaker: Any = CircuitBreaker(storage=storage)
-    assert storage.read.wait(20)
+    assert storage.read.wait(60)
     old = refresher.thread
     parents = refresher._circuits
     assert breaker._link is not None
@@ -820,7 +820,7 @@ def test_in_the_child_of_a_fork_the_thread_starts_anew(refresher: Refresher) -> 
     refresher.after_fork()
     assert refresher.thread is not None
     assert refresher.thread is not old
-    assert storage.read.wait(20)
+    assert storage.read.wait(60)
     assert breaker in refresher._circuits
     parents.discard(breaker)
 

@@ -438,7 +438,7 @@ def test_a_full_queue_is_full_whatever_the_deadline() -> None:
         with bulkhead:
             pass
 
-    threads = [threading.Thread(target=occupy), threading.Thread(target=wait)]
+    threads = [threading.Thread(target=occupy, daemon=True), threading.Thread(target=wait, daemon=True)]
     threads[0].start()
     inside.wait()
     threads[1].start()
@@ -566,8 +566,8 @@ class Poker:
             raise Poke
 
     def until_poked(self, microseconds: float, fn: Callable[[], object]) -> None:
-        self.caught = False
-        with suppress(Poke):
+        with suppress(Poke), suppress(Poke):  # Of a machine that stands still it may come twice.
+            self.caught = False
             # Again after a while: a finalizer, of a coroutine that was struck, may have swallowed the first.
             signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6, 0.5)
             while True:
@@ -623,7 +623,7 @@ def test_interrupted_under_contention_nobody_sleeps_on() -> None:
         stop.set()
         sys.setswitchinterval(interval)
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert finished == [1, 1]
     assert whole(bulkhead)
 

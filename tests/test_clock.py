@@ -133,7 +133,7 @@ def test_the_fake_clock_waits_in_threads() -> None:
         waiting.set()
         return acquire(timeout)
 
-    thread = threading.Thread(target=lambda: outcome.append(clock.wait(announced, 5.0)))
+    thread = threading.Thread(target=lambda: outcome.append(clock.wait(announced, 5.0)), daemon=True)
     thread.start()
     waiting.wait()
     clock.advance(5.0)

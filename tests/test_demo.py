@@ -349,14 +349,14 @@ class Process:
         self.codes: list[int] = []
         self.left, self.ended, self.running = threading.Event(), threading.Event(), threading.Event()
         self.service, self.port = service, port
-        self.thread = threading.Thread(target=self.serve)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
 
     def serve(self) -> None:
         serve(self.service, self.port, self.lines(), self.ready, self.leave)
 
     def lines(self) -> Iterator[str]:
         yield f"begin {self.service.clock.now()!r}\n"
-        assert self.ended.wait(30)
+        assert self.ended.wait(60)
 
     def ready(self, server: uvicorn.Server) -> None:
         self.server = server
@@ -380,20 +380,20 @@ def test_a_service_serves_real_http_until_its_input_ends(
         process = Process(Service("payment", schedule, ledger, clock), port)
         process.thread.start()
         try:
-            assert process.running.wait(30)
+            assert process.running.wait(60)
             with httpx.Client(trust_env=False) as http:
                 assert http.post(f"http://127.0.0.1:{port}/orders/R-1", json=ASKED).status_code == 200
             if crash is not None:
-                assert process.left.wait(30)
+                assert process.left.wait(60)
                 assert (process.codes, clock.slept) == ([CRASHED], [1.0])
                 process.left.clear()
             process.ended.set()
-            assert process.left.wait(30)
+            assert process.left.wait(60)
             assert process.codes[-1] == 0
         finally:
             process.ended.set()
             process.server.should_exit = True
-            process.thread.join(30)
+            process.thread.join(60)
     ledger.close()
 
 
@@ -406,12 +406,12 @@ def test_a_restarted_service_does_not_crash_again(tmp_path: Path) -> None:
     process.lines = lambda: iter(["begin 98.0\n"])  # type: ignore[method-assign]
     process.thread.start()
     try:
-        assert process.running.wait(30)
-        assert process.left.wait(30)
+        assert process.running.wait(60)
+        assert process.left.wait(60)
         assert process.codes == [0]
     finally:
         process.server.should_exit = True
-        process.thread.join(30)
+        process.thread.join(60)
     ledger.close()
 
 
@@ -892,7 +892,7 @@ def test_a_client_places_what_is_not_over_yet(
     assert capsys.readouterr().out == "ready\n"
     assert not left
     os.close(theirs)
-    assert gone.wait(30)
+    assert gone.wait(60)
     assert left == [0]
     os.close(mine)
     assert {request.url.path[8:] for request in shop_front} == {orders[0].id, orders[2].id}

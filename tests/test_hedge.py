@@ -466,7 +466,7 @@ def test_threads_race_and_losers_are_strays() -> None:
     assert (bench.policy.started, bench.policy.won, bench.policy.stray) == (1, 1, 1)
     assert call() == 3  # no more hedging while a stray is under way, but no refusal either
     release.set()
-    assert made.wait(10)
+    assert made.wait(60)
     settle(lambda: bench.policy.stray == 0)
 
 
@@ -525,7 +525,7 @@ def test_generators_race_in_threads_until_the_first_item() -> None:
 
     assert list(items()) == [2, 20]
     release.set()
-    assert closed.wait(10)
+    assert closed.wait(60)
     settle(lambda: bench.policy.stray == 0)
 
 
@@ -552,7 +552,7 @@ def test_an_answer_that_nobody_read_is_cleaned_up() -> None:
     @bench.guard
     def items() -> Generator[int, None, None]:
         try:
-            both_in.wait(10)
+            both_in.wait(60)
             done.append(1)
             yield 1
         finally:

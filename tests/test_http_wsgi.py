@@ -637,14 +637,14 @@ def served(app: Any, threads: int = 4) -> Iterator[str]:
     wasyncore: Any = importlib.import_module("waitress.wasyncore")
     sockets: dict[int, Any] = {}
     server = waitress.create_server(app, host="127.0.0.1", port=0, threads=threads, map=sockets)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.effective_port}"
     finally:
         # In the loop's own thread: it ends when it has nothing left to serve.
         server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))
-        thread.join(30)
+        thread.join(60)
         server.task_dispatcher.shutdown()
     assert not thread.is_alive()
 

@@ -1148,7 +1148,7 @@ def test_the_balance_of_cancels_is_kept_under_asyncio(op: Any) -> None:
                 group.create_task(body("g"))
                 group.create_task(_fail())
         assert [type(error) for error in caught.value.exceptions] == [Boom]
-        assert await asyncio.wait_for(asyncio.shield(asyncio.create_task(_done())), 10) == "done"
+        assert await asyncio.wait_for(asyncio.shield(asyncio.create_task(_done())), 60) == "done"
 
     asyncio.run(main())
 
@@ -1297,6 +1297,8 @@ def test_a_stray_of_a_timeout_inside_leaves_the_key_in_doubt(ended: bool) -> Non
     with pytest.raises(CallTimeout):
         body("k")
     assert store.states == ["in doubt"]
+    while not ran.calls:  # the thread was slow
+        SystemClock().sleep(0.001)
     assert ran.calls == ["k"]
     go.set()
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from resilient import Env, Idempotent, InDoubt, LeaseLost, Pipeline, claim
+from resilient import Env, Idempotent, InDoubt, LeaseLost, Pipeline, _keeper, claim
 from resilient import _aio as aio
 from resilient._keeper import Beat, ThreadKeeper, _forked, new_owner
 from resilient._once import current
@@ -48,9 +48,9 @@ def test_a_thread_renews_what_takes_long() -> None:
 
     @policy
     def body(key: str) -> str:
-        for turn in range(1, 4):
+        for _ in range(3):
             clock.advance(0.05)  # the store's clock, in which a lease without heartbeats is over soon
-            wanted = 2 * turn
+            wanted = store.names.count("Renew") + 2  # one may have begun before
             until(lambda wanted=wanted: store.names.count("Renew") >= wanted)  # type: ignore[misc]
             assert store.states == ["running"]
         return "done"
@@ -60,7 +60,7 @@ def test_a_thread_renews_what_takes_long() -> None:
 
 
 def test_one_thread_serves_many_calls_and_ends_when_there_are_none() -> None:
-    store, before = TroubledStore(), beating()
+    store, before, seen = TroubledStore(), beating(), threading.Event()
     policy = Idempotent(store, key="key", lease=0.06)
 
     def renewed(key: str) -> int:
@@ -70,12 +70,14 @@ def test_one_thread_serves_many_calls_and_ends_when_there_are_none() -> None:
     @policy
     def body(key: str) -> None:
         until(lambda: renewed(key) >= 2)
+        assert seen.wait(60)  # until somebody has looked at the thread
 
-    callers = [threading.Thread(target=body, args=(str(n),)) for n in range(5)]
+    callers = [threading.Thread(target=body, args=(str(n),), daemon=True) for n in range(5)]
     for caller in callers:
         caller.start()
-    until(lambda: store.names.count("Renew") >= 1)
+    until(lambda: len({op.owner for op in list(store.ops) if isinstance(op, Renew)}) == 5)
     (mine,) = beating() - before
+    seen.set()
     for caller in callers:
         caller.join(60)
     mine.join(60)
@@ -85,7 +87,13 @@ def test_one_thread_serves_many_calls_and_ends_when_there_are_none() -> None:
     assert store.states == ["done"] * 6
 
 
-def test_a_short_call_sends_no_heartbeat_and_leaves_no_thread() -> None:
+def test_a_short_call_sends_no_heartbeat_and_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Still(SystemClock):
+        """However long the machine stands still, the calls are short."""
+
+        now = staticmethod(lambda: 0.0)
+
+    monkeypatch.setattr(_keeper, "_SYSTEM", Still())
     store, before = TroubledStore(), beating()
     policy = Idempotent(store, key="key", lease=0.06)
     call: Any = policy(lambda key: key)

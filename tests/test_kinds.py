@@ -281,10 +281,10 @@ def test_one_object_serves_threads_two_loops_and_trio_at_once(make: Callable[[],
         asyncio.run(main())
 
     threads = [
-        threading.Thread(target=threaded),
-        threading.Thread(target=looped, args=(run_asyncio,)),
-        threading.Thread(target=looped, args=(run_asyncio,)),
-        threading.Thread(target=looped, args=(trio.run,)),
+        threading.Thread(target=threaded, daemon=True),
+        threading.Thread(target=looped, args=(run_asyncio,), daemon=True),
+        threading.Thread(target=looped, args=(run_asyncio,), daemon=True),
+        threading.Thread(target=looped, args=(trio.run,), daemon=True),
     ]
     for thread in threads:
         thread.start()

@@ -337,7 +337,7 @@ def test_a_call_that_found_no_permit_may_find_it_closed_again() -> None:
 
 def test_after_a_fork_the_lock_is_free() -> None:
     circuit = life(Consecutive(1))
-    held = threading.Thread(target=circuit._lock.acquire)
+    held = threading.Thread(target=circuit._lock.acquire, daemon=True)
     held.start()
     held.join()
     circuit._telling = True
@@ -364,7 +364,7 @@ def test_probes_from_many_threads_never_exceed_their_places() -> None:
         barrier.wait()
         got.append(circuit._admit(10.0))
 
-    threads = [threading.Thread(target=caller) for _ in range(16)]
+    threads = [threading.Thread(target=caller, daemon=True) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -147,7 +147,7 @@ def test_a_thread_wakes_a_task_of_asyncio() -> None:
     async def main() -> None:
         waiter = task_waiter()
         assert isinstance(waiter, LoopWaiter)
-        thread = threading.Thread(target=waiter.notify)
+        thread = threading.Thread(target=waiter.notify, daemon=True)
         thread.start()
         await waiter.apark(CLOCK, None)
         thread.join()
@@ -159,7 +159,7 @@ def test_a_thread_wakes_a_task_of_trio() -> None:
     async def main() -> None:
         waiter = task_waiter()
         assert isinstance(waiter, TrioWaiter)
-        thread = threading.Thread(target=waiter.notify)
+        thread = threading.Thread(target=waiter.notify, daemon=True)
         thread.start()
         await waiter.apark(CLOCK, None)
         thread.join()
@@ -224,7 +224,7 @@ def test_a_waiter_whose_loop_is_closed_is_skipped() -> None:
         assert park.waiting == 1
         park._tokens.append(None)
         if elsewhere:
-            thread = threading.Thread(target=park._wake)
+            thread = threading.Thread(target=park._wake, daemon=True)
             thread.start()
             thread.join()
         else:

@@ -116,7 +116,9 @@ class Load:
         asyncio.run(main())
 
     def run(self, strike: Callable[[int], None], every: int) -> None:
-        workers = [threading.Thread(target=self.thread) for _ in range(THREADS)] + [threading.Thread(target=self.tasks)]
+        workers = [threading.Thread(target=self.thread, daemon=True) for _ in range(THREADS)] + [
+            threading.Thread(target=self.tasks, daemon=True)
+        ]
         for worker in workers:
             worker.start()
         total = (THREADS + TASKS) * CALLS

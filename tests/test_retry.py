@@ -585,7 +585,7 @@ def test_tenacity_701_threads_share_no_attempt_numbers() -> None:
                     raise ConnectionError
         seen.append(numbers)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

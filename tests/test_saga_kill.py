@@ -140,7 +140,7 @@ def test_two_recoverers_at_once_undo_once(
             gate.wait()
             reports.append(sagas.recover(store, retries=stop_child.RETRIES))
 
-        threads = [threading.Thread(target=recover, args=(store,)) for store in both]
+        threads = [threading.Thread(target=recover, args=(store,), daemon=True) for store in both]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -442,7 +442,7 @@ def test_a_claim_that_waited_for_a_transaction_that_failed_has_the_whole_lease(
 
 def blocked(user: psycopg.Connection[Any], other: psycopg.Connection[Any]) -> None:
     """Return once `other` waits for a lock that `user` holds."""
-    for _ in range(100_000):
+    for _ in range(1_000_000):
         row = user.execute("SELECT pg_blocking_pids(%s)", (other.info.backend_pid,)).fetchone()
         if row == ([user.info.backend_pid],):
             return

@@ -294,7 +294,7 @@ def test_lost_twice_may_have_been_written_and_a_repetition_adds_nothing(ask: Wor
 
 def ended(admin: psycopg.Connection[Any], by: psycopg.Connection[Any]) -> None:
     """End the backend that waits for `by`, as soon as one does."""
-    for _ in range(100_000):
+    for _ in range(1_000_000):
         query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
         if admin.execute(query, (by.info.backend_pid,)).fetchone():
             return
@@ -362,7 +362,7 @@ def outcome(store: PostgresStore, op: Op[Any]) -> Any:
 
 def blocked(user: psycopg.Connection[Any], holder: psycopg.Connection[Any], count: int) -> None:
     """Return once so many backends wait for a lock, as `user` sees it: `holder` has it, or has others before them."""
-    for _ in range(100_000):
+    for _ in range(1_000_000):
         query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         if user.execute(query).fetchone() == (count,):
             return

@@ -228,15 +228,15 @@ def test_a_job_that_fails_between_its_two_writes_fails_alone(store: SQLiteStore)
             Begin("new", "a", LONG, b"0"),
         ]
     ):
-        threads.append(threading.Thread(target=call, args=(number, op)))
+        threads.append(threading.Thread(target=call, args=(number, op), daemon=True))
         threads[-1].start()
         if number == 0:
-            inside.wait(30)
+            inside.wait(60)
         while len(store._group._queue) < number:
             pass
     gate.go.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert isinstance(answers[0], Acquired)
     assert [type(answers[number]) for number in (1, 3)] == [StoreError, StoreError]
     assert "NOT NULL" in str(answers[1])

@@ -109,7 +109,7 @@ def test_another_thread_may_advance_the_clock_of_a_loop() -> None:
                 pass
             clock.advance(5.0)
 
-        thread = threading.Thread(target=advance)
+        thread = threading.Thread(target=advance, daemon=True)
         thread.start()
         await clock.asleep(5.0)
         thread.join()
@@ -168,7 +168,7 @@ def test_timers_of_a_loop_that_is_gone_are_dropped() -> None:
 
     asyncio.run(leave_one())
     trio.run(leave_one)
-    thread = threading.Thread(target=clock.advance, args=(2.0,))
+    thread = threading.Thread(target=clock.advance, args=(2.0,), daemon=True)
     thread.start()
     thread.join()
     assert clock.now() == 2.0

@@ -496,15 +496,15 @@ def test_two_loops_in_two_threads() -> None:
     @policy
     async def work() -> int:
         loops.append(weakref.ref(asyncio.get_running_loop()))
-        meet.wait(10)
+        meet.wait(60)
         await turn()
         assert policy._timers is not None
         found = len(policy._timers.queues)
-        meet.wait(10)
+        meet.wait(60)
         return found
 
     seen: list[int] = []
-    threads = [threading.Thread(target=lambda: seen.append(asyncio.run(work()))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: seen.append(asyncio.run(work())), daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -687,15 +687,15 @@ def test_threads_have_their_own_limits() -> None:
 
     @policy
     def work() -> None:
-        inside.wait(10)
-        inside.wait(10)
+        inside.wait(60)
+        inside.wait(60)
 
     def look() -> None:
-        inside.wait(10)
+        inside.wait(60)
         seen.append(remaining())
-        inside.wait(10)
+        inside.wait(60)
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
     work()
     watcher.join()
@@ -737,7 +737,7 @@ def test_in_a_thread_late_calls_become_strays_and_strays_are_capped() -> None:
         hang()
     assert [type(event) for event in bench.events.events] == [TimedOut, Refused]
     release.set()
-    assert gone.wait(10)
+    assert gone.wait(60)
     settle(lambda: bench.policy.stray == 0)
     hang()
     with deadline(0.0, clock=bench.clock), pytest.raises(DeadlineExceeded):
@@ -761,10 +761,10 @@ def test_pyresilience_a_queue_does_not_eat_the_time() -> None:
 
     @bench.guard
     def together() -> int:
-        return meet.wait(30)
+        return meet.wait(60)
 
     got: list[int] = []
-    threads = [threading.Thread(target=lambda: got.append(together())) for _ in range(12)]
+    threads = [threading.Thread(target=lambda: got.append(together()), daemon=True) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
