@@ -33,6 +33,14 @@ def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
         faulthandler.dump_traceback_later(timeout, file=node.config.stash[fault_handler_stderr_fd_key], exit=True)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """And when all is over: a thread that a test left behind may hang the interpreter's end."""
+    timeout = get_timeout_config_value(config)
+    if timeout:
+        faulthandler.dump_traceback_later(timeout, file=sys.__stderr__ or 2, exit=True)
+
+
 class Page:
     """A page as a module, so that its functions are found by name, as those of a program are."""
 
