@@ -47,7 +47,13 @@ class Lost(SagaError):
 
 
 def stored_key(saga: str, id: str) -> str:
-    """The key of a saga's record."""
+    """The key of a saga's record: its name and id, so that sagas whose ids count up lie side by side in an index.
+
+    Long or unusual ones are hashed. A name has no "/" in it, and a hash neither.
+    """
+    plain = f"{saga}/{id}"
+    if len(plain) <= 120 and plain.isascii() and "{" not in plain and "}" not in plain:
+        return plain
     return str(digest(b"saga", saga.encode(), id.encode()).hexdigest())
 
 
@@ -91,6 +97,8 @@ class Book:
         self.fault: Exception | None = None
         self.departed: Incompatible | None = None
         self.taken = False
+        # What the store has said already to the next write.
+        self.heard: Any = None
         self.cut: BaseException | None = None
 
     # -- reading back ------------------------------------------------------------------------------------------------
@@ -183,6 +191,20 @@ class Book:
         for step in steps:
             self.steps[step.number] = step
 
+    def at_once(self, step: Step, pivot: bool) -> Any:
+        """The operation that announces one step, for who carries it out without a program; None if it needs one."""
+        if self.lost or self.beat.lost or self.cut is not None:
+            return None
+        return self._operation(Entry(done=self.pending, steps=[step], pivot=pivot, at=self.env.clock.at()))
+
+    def announced(self, step: Step, reply: Any) -> bool:
+        """Whether `reply`, to what `at_once` gave, says that the step may run. If not, `announce` goes on from there."""
+        if not self._written(reply):
+            self.heard = reply
+            return False
+        self.steps[step.number] = step
+        return True
+
     def note(self, **fields: Any) -> Generator[Any, Any, None]:
         """Write something else about the saga. A cancel or interrupt does not keep it from that: it is in `cut`."""
         yield from self._write(Entry(done=self.pending, at=self.env.clock.at(), **fields))
@@ -224,33 +246,45 @@ class Book:
         return under_way
 
     def _write(self, entry: Entry, label: str = "") -> Generator[Any, Any, None]:
-        beat = self.beat
-        if self.lost or beat.lost:
+        if self.lost or self.beat.lost:
             raise self._gone()
+        reply = yield from self._insist(self._operation(entry, label))
+        if not self._written(reply):
+            self.lost = self.taken = True
+            self.fault = self._taken(reply)
+            raise self.fault
+
+    def _operation(self, entry: Entry, label: str = "") -> Append | Begin:
+        beat = self.beat
         if self.begun:
-            op = Append(beat.stored, beat.owner, beat.fence, self.at, write(entry), self.lease, label)
-            yield from self._insist(op)
-        else:
-            head = entry.head = Head(VERSION, self.saga, self.version, self.id)
-            if self.body is not None:
-                head.input = self.body
-            first = label or label_of(self.saga, self.id, self.version, "running")
-            reply = yield from self._insist(Begin(beat.stored, beat.owner, self.lease, write(entry), first))
+            return Append(beat.stored, beat.owner, beat.fence, self.at, write(entry), self.lease, label)
+        head = entry.head = Head(VERSION, self.saga, self.version, self.id)
+        if self.body is not None:
+            head.input = self.body
+        first = label or label_of(self.saga, self.id, self.version, "running")
+        return Begin(beat.stored, beat.owner, self.lease, write(entry), first)
+
+    def _written(self, reply: Any) -> bool:
+        """Take in that the entry is written, if it is."""
+        if not self.begun:
             if type(reply) is not Acquired:
-                self.lost = self.taken = True
-                self.fault = self._taken(reply)
-                raise self.fault
-            beat.fence, beat.attempt, self.begun = reply.fence, reply.attempt, True
-            self.keeper.begin(beat)
+                return False
+            self.beat.fence, self.beat.attempt, self.begun = reply.fence, reply.attempt, True
+            self.keeper.begin(self.beat)
+        elif reply is not True:
+            return False
         self.at += 1
         self.results.update(self.pending)
         self.pending = {}
+        return True
 
     def _insist(self, op: Any) -> Generator[Any, Any, Any]:
         """Carry out a write, however often it takes; raise where it cannot be. A cancel meanwhile is kept in `cut`."""
         reply: Any = None
         for tries in range(6):
-            reply = yield (op if self.cut is None else Last(op))
+            reply, self.heard = self.heard, None
+            if reply is None:
+                reply = yield (op if self.cut is None else Last(op))
             if type(reply) is Cut:
                 # It may have been written, or not: once more, which is harmless.
                 self.cut = reply.error

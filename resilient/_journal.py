@@ -108,6 +108,7 @@ def read(data: bytes) -> Entry:
 
 _vouched: set[str] = set()
 _recorded: dict[str, Any] = {}
+_names: dict[Any, str] = {}
 
 
 def vouch_for(module: str) -> None:
@@ -128,15 +129,17 @@ def _main() -> str:
 
 def name_of(function: Any, what: str) -> str:
     """The name under which `function` is found again; `TypeError` if it is not, since then it cannot be called."""
+    known = _names.get(function)
+    if known is not None and _recorded.get(known) is function:
+        return known
     name = f"{module_of(function)}:{getattr(function, '__qualname__', None)}"
-    if _recorded.get(name) is function:
-        return name
     if _look(f"{getattr(function, '__module__', None)}:{name.partition(':')[2]}") is not function:
         raise TypeError(
             f"{what} {function!r} cannot be recorded: only functions at the top of a module, or static methods of its "
             "classes, are found again by name in another process"
         )
     _recorded[name] = function
+    _names[function] = name
     return name
 
 
@@ -176,7 +179,7 @@ def _look(name: str) -> Any:
 class CallForm:
     """How the arguments of one function are written and come back, by the annotations of its parameters."""
 
-    __slots__ = ("_decoders", "_many", "_names", "_rest", "_signature", "name", "takes_result")
+    __slots__ = ("_decoders", "_fitting", "_many", "_names", "_rest", "_same", "_signature", "name", "takes_result")
 
     def __init__(self, function: Any, name: str, skip: int = 0) -> None:
         self.name = name
@@ -198,6 +201,10 @@ class CallForm:
         self._many: str | None = None
         self._decoders: dict[str, Any] = {}
         self._rest = json.form(Any)
+        # Ways to call it that fit: how many by position, and the names of the others.
+        self._fitting: set[tuple[int | str, ...]] = set()
+        # What comes back from JSON as it went, by parameter.
+        self._same: dict[str, tuple[type, ...]] = {}
         for parameter in self._signature.parameters.values():
             try:
                 form = json.form(hints.get(parameter.name, Any))
@@ -210,6 +217,8 @@ class CallForm:
                 self._rest = form
             else:
                 self._decoders[parameter.name] = form
+                hint = hints.get(parameter.name, Any)
+                self._same[parameter.name] = (str, bool) if hint is Any else (hint,) if hint in (str, bool) else ()
             if parameter.kind is parameter.VAR_POSITIONAL:
                 self._many = parameter.name
             elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
@@ -217,15 +226,33 @@ class CallForm:
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any], **more: Any) -> tuple[Raw, Raw]:
         """Arguments as JSON. `TypeError` for what would not come back as it went, or does not fit with `more`."""
+        self._fits((len(args), *kwargs, *more), args, {**kwargs, **more})
+        parts = [self._one(self._positional(index), value) for index, value in enumerate(args)]
+        named = b"{}"
+        if kwargs:
+            named = write({key: Raw(self._one(key, value)) for key, value in kwargs.items()})
+        return Raw(b"[" + b",".join(parts) + b"]"), Raw(named)
+
+    def again(self, args: tuple[Any, ...], kwargs: dict[str, Any], written: tuple[Raw, Raw]) -> Any:
+        """What `read` makes of what `write` made of these arguments; without a look where there is no doubt."""
+        same = self._same
+        for index, value in enumerate(args):
+            if type(value) not in same.get(self._positional(index), ()):
+                return self.read(*written)
+        for name, value in kwargs.items():
+            if type(value) not in same.get(name, ()):
+                return self.read(*written)
+        return args, kwargs
+
+    def _fits(self, shape: tuple[int | str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if shape in self._fitting:
+            return
         try:
-            self._signature.bind(*args, **kwargs, **more)
+            self._signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{self.name}: {error}") from None
-        parts: list[bytes] = []
-        for index, value in enumerate(args):
-            parts.append(self._one(self._positional(index), value))
-        named = {key: Raw(self._one(key, value)) for key, value in kwargs.items()}
-        return Raw(b"[" + b",".join(parts) + b"]"), Raw(write(named))
+        if len(self._fitting) < 64:
+            self._fitting.add(shape)
 
     def read(
         self, args: Raw, kwargs: Raw, results: list[int | str] | tuple[()] = (), value: Any = None

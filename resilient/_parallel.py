@@ -11,9 +11,11 @@ from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Raw
+
 from resilient._drive import Outcome, Program, drive
 from resilient._journal import name_of, result_form
-from resilient._run import raw, step_key, unawaited
+from resilient._run import step_key, unawaited
 from resilient._settle import NOTHING, never
 from resilient._undo import UNKNOWN, Undo, Undoing, backwards, unwind
 from resilient.errors import SagaAborted, SagaStuck
@@ -55,7 +57,7 @@ def values(run: Run, made: list[tuple[Undo, Any]]) -> None:
     if run._book is not None:
         for undo, function in made:
             if undo.value is not UNKNOWN and undo.number not in run._book.results:
-                run._book.pending[undo.number] = raw(result_form(function, undo.name).keep(undo.value))
+                run._book.pending[undo.number] = Raw(result_form(function, undo.name).keep(undo.value))
 
 
 def in_threads(run: Run, made: list[tuple[Undo, Any]]) -> list[Outcome]:

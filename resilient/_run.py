@@ -34,7 +34,6 @@ __all__ = [
     "called",
     "guarded",
     "one",
-    "raw",
     "step_key",
     "task_keeper",
     "thread_keeper",
@@ -244,12 +243,6 @@ def unawaited(function: Any, value: Any = None) -> TypeError:
     if close is not None:
         close()
     return TypeError(f"step {called(function)} is async, and its saga is not: use `async with`")
-
-
-def raw(data: bytes) -> Any:
-    from msgspec import Raw
-
-    return Raw(data)
 
 
 def one(program: Generator[Any, Any, None]) -> Program:

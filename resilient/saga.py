@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from msgspec import Raw
+
 from resilient._ambient import deadline, nearest
 from resilient._book import Book
-from resilient._drive import Outcome, adrive, drive
+from resilient._drive import Cut, Outcome, adrive, drive
 from resilient._journal import name_of, result_form
 from resilient._parallel import Nested, announcing, had, in_tasks, in_threads, values
 from resilient._run import (
@@ -23,7 +25,6 @@ from resilient._run import (
     branch,
     guarded,
     one,
-    raw,
     task_keeper,
     thread_keeper,
     title,
@@ -32,12 +33,13 @@ from resilient._run import (
 from resilient._settle import NOTHING, apply_async, apply_sync, default_retry, ended, never, settle
 from resilient._undo import RESULT, UNKNOWN, AsyncUndoing, Compensation, Undo, Undoing, call, check
 from resilient._verdict import Errors
-from resilient.errors import SagaStuck
+from resilient.errors import SagaStuck, StoreError
 from resilient.policy import SYSTEM, Env, seconds, whole
 from resilient.stores._open import shared
 
 if TYPE_CHECKING:
     from resilient._drive import Program
+    from resilient._journal import Step
     from resilient.retry import Retry
 
 __all__ = ["RESULT", "UNKNOWN", "AsyncSagaRun", "Branch", "Saga", "SagaRun", "branch", "call"]
@@ -178,6 +180,11 @@ class Saga:
                 ended(self, run, "done")
             return
         undoing = self._aundoer()
+        if error is None:
+            # A cancel meanwhile does not keep its end from being written, and is raised then.
+            outcome = await adrive(settle(self, run, None, undoing), self.store, self.env, never, (), {})
+            outcome.reraise(None)
+            return
         await self._carried(settle(self, run, error, undoing), self.store or NOTHING, undoing, error, run.id)
 
     # -- parts -------------------------------------------------------------------------------------------------------
@@ -398,7 +405,7 @@ class SagaRun(Run):
             if number not in book.steps:
                 undoing = None if undo.compensate is None else undo
                 step = book.step(number, undo.name, undoing, 0, register == "after", self._forward, function)
-                drive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
+                self._announce(book, step)
         self._number = self._active = number
         if undo.compensate is not None and register == "before":
             self._stack.append(undo)
@@ -408,7 +415,7 @@ class SagaRun(Run):
                 raise unawaited(function, value)
             undo.value = value
             if book is not None and form is not None:
-                book.pending[number] = raw(form.keep(value))
+                book.pending[number] = Raw(form.keep(value))
         except BaseException as error:
             if book is not None:
                 self._failed = error
@@ -420,6 +427,22 @@ class SagaRun(Run):
             self._stack.append(undo)
         self._told(undo.name, None)
         return value
+
+    def _announce(self, book: Book, step: Step) -> None:
+        op = book.at_once(step, self._forward)
+        if op is not None:
+            reply: Any
+            try:
+                reply = book.store.execute(op)
+            except StoreError as error:
+                reply = error
+            except (Exception, GeneratorExit):
+                raise
+            except BaseException as error:
+                reply = Cut(error)
+            if book.announced(step, reply):
+                return
+        drive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
 
     def parallel(self, *branches: Any) -> list[Any]:
         """Run several steps beside each other, each in a thread with a copy of the context; their values, in order.
@@ -552,14 +575,14 @@ class AsyncSagaRun(Run):
             if number not in book.steps:
                 undoing = None if undo.compensate is None else undo
                 step = book.step(number, undo.name, undoing, 0, register == "after", self._forward, function)
-                await adrive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
+                await self._announce(book, step)
         self._number = self._active = number
         if undo.compensate is not None and register == "before":
             self._stack.append(undo)
         try:
             undo.value = value = await self._awaited(run, undo.args, undo.kwargs)
             if book is not None and form is not None:
-                book.pending[number] = raw(form.keep(value))
+                book.pending[number] = Raw(form.keep(value))
         except BaseException as error:
             if book is not None:
                 self._failed = error
@@ -571,6 +594,22 @@ class AsyncSagaRun(Run):
             self._stack.append(undo)
         self._told(undo.name, None)
         return value
+
+    async def _announce(self, book: Book, step: Step) -> None:
+        op = book.at_once(step, self._forward)
+        if op is not None:
+            reply: Any
+            try:
+                reply = await book.store.aexecute(op)
+            except StoreError as error:
+                reply = error
+            except (Exception, GeneratorExit):
+                raise
+            except BaseException as error:
+                reply = Cut(error)
+            if book.announced(step, reply):
+                return
+        await adrive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
 
     async def _awaited(self, run: Any, args: Any, kwargs: Any) -> Any:
         if self._until is None:

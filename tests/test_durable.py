@@ -446,6 +446,9 @@ def test_heartbeats_renew_the_lease_of_a_long_step(is_async: bool) -> None:
                 renewed.set()
             return answer
 
+        async def aexecute(self, op: Any) -> Any:
+            return self.execute(op)
+
     store = Watched()
 
     async def wait(saga: Any, order: str) -> str:
