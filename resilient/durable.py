@@ -18,8 +18,8 @@ from msgspec import Raw, UnsetType
 from resilient._book import Book
 from resilient._drive import Outcome, Program, adrive, drive
 from resilient._guard import kind_of
-from resilient._journal import CallForm, module_of, result_form, vouch_for, write
-from resilient._run import Run, raw, task_keeper, thread_keeper
+from resilient._journal import CallForm, module_of, result_form, vouch_for
+from resilient._run import Run, task_keeper, thread_keeper
 from resilient._settle import never, rollback, settle
 from resilient._takeover import Again, Elsewhere, Ended, Rules, enter
 from resilient.errors import SagaAborted, SagaError, StoreError
@@ -197,8 +197,8 @@ class DurableBody:
         """
         given = self._input.write(args, kwargs)
         # What comes back from the journal later is what the body gets now.
-        again = self._input.read(*given)
-        body = raw(write([given[0], given[1]]))
+        again = self._input.again(args, kwargs, given)
+        body = Raw(b"[%b,%b]" % given)
         going = self._arun if self.is_async else self._run
         return going(self.durable.store, id, body, again, self._rules(wait=True))
 
