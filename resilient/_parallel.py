@@ -23,7 +23,7 @@ from resilient.errors import SagaAborted, SagaStuck
 if TYPE_CHECKING:
     from resilient._book import Book
     from resilient._run import Run
-    from resilient.saga import AsyncSagaRun, SagaRun
+    from resilient._steps import AsyncSagaRun, SagaRun
 
 __all__ = ["Nested", "announcing", "had", "in_tasks", "in_threads", "values"]
 

@@ -20,7 +20,7 @@ FLOORS: dict[int, str] = {
     "_strategies _attempts retry breaker bulkhead ratelimit timeout fallback hedge",
     3: "pipeline patching __init__",
     4: "_binding _codec _drive _keeper _once _transaction idempotency stores _undo _journal _book _run "
-    "_parallel _settle saga durable sagas engines _barrier _takeover _recovery _saga_views",
+    "_parallel _settle _steps saga durable sagas engines _barrier _takeover _recovery _saga_views",
     5: "testing cli demo integrations _contract _contract_cases _contract_journal _cli_idempotency _cli_saga "
     "_cli_text _cli_worker",
 }
