@@ -268,7 +268,8 @@ def readme(rows: list[Row]) -> str:
             by_library.append((label, found))
     heads = [column[0] for column in _README_COLUMNS]
     lines = [[label, *(found.get(head, "–") for head in heads)] for label, found in by_library]
-    return "\n\n".join([_table(["", *heads], lines, markdown=True), " ".join(_caption(rows, cells))])
+    calls = [_table(["", *heads], lines, markdown=True), " ".join(_caption(rows, cells))]
+    return "\n\n".join([*calls, *_durable(cells)])
 
 
 def _caption(rows: list[Row], cells: dict[tuple[str, str, str, str], Row]) -> Iterable[str]:
@@ -291,6 +292,43 @@ def _caption(rows: list[Row], cells: dict[tuple[str, str, str, str], Row]) -> It
     yield f"(with every policy, and so pybreaker and aiolimiter, ours takes {every:.0f} ms)." if every else "."
     yield f"{facts['implementation']} {facts['python']}, {facts['cpus']} shared cores, minima of interleaved rounds;"
     yield "– is what a library does not have. [How it is measured, and all figures](docs/reference/benchmarks.md)."
+
+
+_STORES = ("sqlite full", "sqlite normal", "postgres", "redis")
+
+_DURABLE_ROWS = (
+    ("idempotent call, first time / its two round trips", "durable", "first call, 1 in flight", "ratio", "{:.2f}"),
+    ("… 16 in flight", "durable", "first call, 16 in flight", "ratio", "{:.2f}"),
+    ("saga of three steps, % of the rate of its four commits", "sagas", "block", "share", "{:.0f}"),
+    ("… a durable saga", "sagas", "durable", "share", "{:.0f}"),
+)
+
+
+def _durable(cells: dict[tuple[str, str, str, str], Row]) -> Iterable[str]:
+    """What is stored, beside the bare driver of the same store."""
+
+    def found(suite: str, group: str, name: str, field: str, form: str) -> str:
+        values = [cells.get((suite, mode, group, name), {}).get(field) for mode in ("sync", "async")]
+        return " / ".join("–" if value is None else form.format(value) for value in values)
+
+    lines = [
+        [label, *(found(suite, store, name, field, form) for store in _STORES)]
+        for label, suite, name, field, form in _DURABLE_ROWS
+    ]
+    if all(cell == "– / –" for line in lines for cell in line[1:]):
+        return
+    yield "What is stored costs what the store costs. Beside the bare driver, in turns (plain functions / coroutines):"
+    yield _table(["", "SQLite, full", "SQLite, normal", "PostgreSQL", "Redis"], lines, markdown=True)
+    calls = found("durable", "group commit", "16 callers over one", "times", "{:.1f}")
+    sagas = found("sagas", "many at once", "durable, 16 over one", "times", "{:.1f}")
+    lite, post = (
+        found("sagas", f"dbos, {place}", "one at a time", "times", "{:.1f}") for place in ("sqlite", "postgres")
+    )
+    yield (
+        f"Sixteen callers at once on SQLite (full) share commits, for {calls} times the rate of one; sixteen durable sagas "
+        f"for {sagas} times. DBOS takes {lite} times as long as a saga's block for the same three steps on SQLite, and "
+        f"{post} times on PostgreSQL."
+    )
 
 
 def _closures(value: float) -> str:
