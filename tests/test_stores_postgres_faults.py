@@ -183,7 +183,7 @@ def test_lost_once_and_then_no_server_may_have_been_written(ask: World, proxy: F
 
 @pytest.mark.parametrize("task", [False, True], ids=["threads", "tasks"])
 def test_a_server_that_says_nothing_holds_nobody_for_ever(task: bool, proxy: FaultProxy, url: str) -> None:
-    ask = World(PostgresStore(through(proxy, url), timeout=0.3), task)
+    ask = World(PostgresStore(through(proxy, url), timeout=1.0), task)
     try:
         ask(Claim("k", "a", 30.0))
         proxy.arm("swallow", lambda chunk: b"owner-1" in chunk, 2)
@@ -233,7 +233,7 @@ def ended(admin: psycopg.Connection[Any], user: psycopg.Connection[Any]) -> bool
 
 
 def test_a_key_that_a_transaction_holds_too_long_is_an_error_and_nothing_is_written(url: str) -> None:
-    store = PostgresStore(url, timeout=0.3)
+    store = PostgresStore(url, timeout=1.0)
     store.prepare()
     with psycopg.connect(url) as user:
         store.on(user, Claim("k", "u", 30.0))
@@ -245,7 +245,7 @@ def test_a_key_that_a_transaction_holds_too_long_is_an_error_and_nothing_is_writ
 
 @pytest.mark.parametrize("task", [False, True], ids=["threads", "tasks"])
 def test_when_every_connection_is_busy_for_too_long_the_error_says_so(task: bool, url: str) -> None:
-    ask = World(PostgresStore(url, pool_size=1, timeout=0.2), task)
+    ask = World(PostgresStore(url, pool_size=1, timeout=1.0), task)
     ask(Read("k"))
     lane: Any = ask.loop.run_until_complete(alane(ask.store)) if task else ask.store._lane()
     taken = lane.take(CLOCK.now() + 5)
