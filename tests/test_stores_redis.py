@@ -567,7 +567,7 @@ def test_of_threads_that_race_for_a_key_one_gets_it(redis_url: str) -> None:
             if isinstance(store.execute(Claim(key, owner, 30.0)), Acquired):
                 got[key].append(owner)
 
-    threads = [threading.Thread(target=run, args=(f"o{n}",)) for n in range(8)]
+    threads = [threading.Thread(target=run, args=(f"o{n}",), daemon=True) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -248,7 +248,7 @@ def test_many_at_once_while_connections_are_cut_get_no_wrong_answer(proxy: Fault
                 pass
         raise AssertionError("never an answer")
 
-    threads = [threading.Thread(target=run, args=(f"o{n}",)) for n in range(6)]
+    threads = [threading.Thread(target=run, args=(f"o{n}",), daemon=True) for n in range(6)]
     for thread in threads:
         thread.start()
     cuts: Iterator[Fault] = itertools.cycle(["cut request", "cut reply", "cut after"])
@@ -340,9 +340,9 @@ def test_what_is_in_use_at_the_time_of_closing_is_closed_afterwards(proxy: Fault
 
     asyncio.run(main())
     met = proxy.arm("hold reply", evalsha)
-    thread = threading.Thread(target=store.execute, args=(Claim("k", "o", 30.0),))
+    thread = threading.Thread(target=store.execute, args=(Claim("k", "o", 30.0),), daemon=True)
     thread.start()
-    assert met.wait(20)
+    assert met.wait(60)
     store.close()
     proxy.release()
     thread.join()
@@ -541,7 +541,7 @@ def test_a_server_that_restarts_is_found_again() -> None:
             watching = [world for world in asked if isinstance(world, ByThreads)]
             watches = [world.store.watch("k", task=False) for world in watching]
             for watch in watches:
-                watch.park(CLOCK, 20)  # the ring of being subscribed
+                watch.park(CLOCK, 60)  # the ring of being subscribed
             first.terminate()
             for world in asked:
                 for _ in range(2):
@@ -554,7 +554,7 @@ def test_a_server_that_restarts_is_found_again() -> None:
                     assert isinstance(world.ask(Claim("k", "o", 30.0)), Acquired)
                 for watch in watches:
                     start = CLOCK.now()
-                    watch.park(CLOCK, 20)  # subscribed anew
+                    watch.park(CLOCK, 60)  # subscribed anew
                     assert CLOCK.now() - start < 19
                     watch.close()
 
@@ -569,9 +569,9 @@ def listening(proxy: FaultProxy) -> Iterator[RedisStore]:
     store.close()
 
 
-def rings(watch: Any, cause: Callable[[], object], seconds: float = 20.0) -> bool:
+def rings(watch: Any, cause: Callable[[], object], seconds: float = 60.0) -> bool:
     """Whether the watch is rung while another thread brings about `cause`."""
-    thread = threading.Thread(target=cause)
+    thread = threading.Thread(target=cause, daemon=True)
     start = CLOCK.now()
     thread.start()
     watch.park(CLOCK, seconds)
@@ -615,7 +615,7 @@ def test_a_waiter_is_woken_from_another_process(listening: RedisStore, redis_url
     other = RedisStore(redis_url, prefix=listening.prefix)
     other.execute(Claim("k", "o", 30.0))
     watch = listening.watch("k", task=False)
-    watch.park(CLOCK, 20)
+    watch.park(CLOCK, 60)
     listening.execute(Claim("k", "p", 30.0, awaited=True))
     assert rings(watch, lambda: other.execute(Release("k", "o", 0)))
     watch.close()
@@ -625,11 +625,11 @@ def test_a_waiter_is_woken_from_another_process(listening: RedisStore, redis_url
 def test_everybody_is_rung_when_the_connection_was_made_anew(listening: RedisStore, proxy: FaultProxy) -> None:
     watches = [listening.watch(key, task=False) for key in "ab"]
     for watch in watches:
-        watch.park(CLOCK, 20)
+        watch.park(CLOCK, 60)
     start = CLOCK.now()
     proxy.drop()
     for watch in watches:
-        watch.park(CLOCK, 20)
+        watch.park(CLOCK, 60)
         watch.close()
     assert CLOCK.now() - start < 19
 
@@ -638,11 +638,11 @@ def test_a_task_is_woken_by_the_thread(listening: RedisStore) -> None:
     async def main() -> None:
         await listening.aexecute(Claim("k", "o", 30.0))
         watch = listening.watch("k", task=True)
-        await watch.apark(CLOCK, 20)
+        await watch.apark(CLOCK, 60)
         await listening.aexecute(Claim("k", "p", 30.0, awaited=True))
         start = CLOCK.now()
         task = asyncio.ensure_future(listening.aexecute(Release("k", "o", 0)))
-        await watch.apark(CLOCK, 20)
+        await watch.apark(CLOCK, 60)
         assert CLOCK.now() - start < 19
         await task
         watch.close()
@@ -674,7 +674,7 @@ def test_nobody_listens_before_and_after_somebody_watches(
     until(lambda: threads() == 0)
     proxy.accept()
     watch = listening.watch("a", task=False)
-    watch.park(CLOCK, 20)
+    watch.park(CLOCK, 60)
     listening.close()
     assert threads() == 0
     watch.close()
@@ -691,7 +691,7 @@ def test_who_watches_again_while_the_thread_is_about_to_end_keeps_it(listening: 
 
 def test_closing_wakes_who_waits(listening: RedisStore) -> None:
     watch = listening.watch("a", task=False)
-    watch.park(CLOCK, 20)
+    watch.park(CLOCK, 60)
     assert rings(watch, listening.close)
     watch.close()
 
@@ -700,7 +700,7 @@ def test_a_message_that_is_no_key_wakes_nobody_and_ends_nothing(
     listening: RedisStore, beside: Any, proxy: FaultProxy
 ) -> None:
     watch = listening.watch("k", task=False)
-    watch.park(CLOCK, 20)
+    watch.park(CLOCK, 60)
     for junk in (b"", b"\xff" * 100, b"\xff"):
         beside.publish(f"{listening.prefix}wake", junk)
     assert rings(watch, lambda: beside.publish(f"{listening.prefix}wake", f"{listening.prefix}k"))
@@ -712,7 +712,7 @@ def test_after_a_fork_nothing_of_the_parent_is_used(listening: RedisStore, proxy
     # What `os.fork` calls in the child; a real child is in test_stores_redis.py.
     listening.execute(Claim("k", "o", 30.0))
     watch = listening.watch("k", task=False)
-    watch.park(CLOCK, 20)
+    watch.park(CLOCK, 60)
     port: Any = listening._port  # type: ignore[attr-defined]
     listener: Any = listening._listener  # type: ignore[attr-defined]
     (conn,) = port._free
@@ -797,7 +797,7 @@ def test_on_a_cluster_keys_are_on_every_node(cluster: list[tuple[str, int]]) -> 
             store.execute(Scan("/0"))
         store.execute(Claim("w", "o", 30.0))
         watch = store.watch("w", task=False)
-        watch.park(CLOCK, 20)
+        watch.park(CLOCK, 60)
         store.execute(Claim("w", "p", 30.0, awaited=True))
         assert rings(watch, lambda: store.execute(Release("w", "o", 0)))
         watch.close()
