@@ -28,6 +28,8 @@ __all__ = ["add", "run"]
 
 STATES = ("running", "compensating", "orphaned", "stuck", "done", "aborted", "abandoned", "damaged")
 PATIENCE = 3
+HANDS = 8
+"""As many as `recover` has; importing that would bring in the stores before a command needs one."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -67,6 +69,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     worker.add_argument("modules", nargs="+", metavar="MODULE", help="modules with durable bodies and compensations")
     worker.add_argument("--every", type=_seconds, default=5.0, metavar="SECONDS", help="a look each (default: 5)")
     worker.add_argument("--once", action="store_true", help="one look, and the exit code of `recover`")
+    for parser in (recover, worker):
+        parser.add_argument(
+            "--concurrency",
+            type=_count,
+            default=HANDS,
+            metavar="N",
+            help=f"sagas to go on with beside each other, in threads (default: {HANDS})",
+        )
     for parser in (show, resume, compensate, abandon):
         parser.add_argument("id", type=tty.text, metavar="ID", help="the id of the saga")
     for parser in (listing, show, resume, compensate, abandon, recover, worker):
@@ -254,7 +264,7 @@ def _abandon(store: Any, chosen: argparse.Namespace) -> int:
 def _recover(store: Any, chosen: argparse.Namespace) -> int:
     from resilient._recovery import Recoverer
 
-    report = Recoverer(store, name=chosen.name, say=_line).round()
+    report = Recoverer(store, name=chosen.name, concurrency=chosen.concurrency, say=_line).round()
     tty.say(str(report))
     return _code(report)
 
@@ -285,7 +295,7 @@ def _worker(store: Any, chosen: argparse.Namespace) -> int:
                 later = again - recoverer.rounds
                 tty.say(f"    failed {times} times: it is looked at again in {later} rounds")
 
-        recoverer = Recoverer(store, name=chosen.name, stop=bell.rung, say=say)
+        recoverer = Recoverer(store, name=chosen.name, concurrency=chosen.concurrency, stop=bell.rung, say=say)
         while True:
             try:
                 report = recoverer.round()

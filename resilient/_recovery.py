@@ -1,4 +1,4 @@
-"""One orphan after the other: what becomes of a saga whose process has died, here and now.
+"""Orphans, several beside each other: what becomes of a saga whose process has died, here and now.
 
 Promises: durable bodies go on forward, by their code; blocks, and whatever was being undone already, go backwards, by
 the journal; what cannot be gone on with here is left as it was, and keeps nothing from the others. Sagas that keep
@@ -7,12 +7,16 @@ failing are looked at more and more rarely. Flat cost for each: some reads and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import UNSET, Raw, Struct
 
+from resilient import _threads
 from resilient._book import Book
 from resilient._drive import Outcome, Program, adrive, drive
 from resilient._guard import kind_of
@@ -22,14 +26,17 @@ from resilient._settle import never
 from resilient._takeover import Again, Elsewhere, Ended, Rules, asked, ended, enter, look
 from resilient.durable import DurableBody, known, undone
 from resilient.errors import InFlight, SagaAborted, SagaError, SagaStuck, StoreError
-from resilient.policy import SYSTEM, Env
+from resilient.policy import SYSTEM, Env, whole
 from resilient.saga import Saga
 from resilient.stores._ops import Busy, History, Page, Record, Scan
 
 if TYPE_CHECKING:
     from resilient.retry import Retry
 
-__all__ = ["Job", "Recoverer", "Report", "SagaRecord", "aone", "one", "pages", "record_of"]
+__all__ = ["HANDS", "Job", "Recoverer", "Report", "SagaRecord", "aone", "one", "pages", "record_of"]
+
+HANDS = 8
+"""How many sagas are gone on with beside each other, unless the caller says otherwise: they share commits."""
 
 
 class _Label(Struct):
@@ -227,9 +234,7 @@ def _in_loop(job: Job, plan: _Plan) -> str:
     """Run what is async in an event loop of its own."""
     import asyncio
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _loop_runs():
         return asyncio.run(_alone(job, plan))
     raise RuntimeError("its functions are async, and an event loop runs here: use the async twin of this function")
 
@@ -262,11 +267,13 @@ class Recoverer:
         name: str = "",
         retries: Retry | None = None,
         lease: float = 30.0,
+        concurrency: int = HANDS,
         env: Env = SYSTEM,
         stop: Callable[[], bool] = bool,
         say: Callable[[SagaRecord, str, Exception | None], object] | None = None,
     ) -> None:
         self.store, self.name, self.stop, self.say = store, name, stop, say
+        self.concurrency = whole("concurrency", concurrency)
         self._retries, self._lease, self._env = retries, lease, env
         self.rounds = 0
         # Keys of those that failed: how often, and the round in which they are looked at again.
@@ -274,28 +281,33 @@ class Recoverer:
 
     def round(self) -> Report:
         """Go through all of them once."""
-        report = Report()
-        for record in self._orphans(drive(self._scan(), self.store, self._env, never, (), {}).result()):
-            try:
-                self._note(report, record, one(self._job(record)), None)
-            except Exception as error:
-                self._note(report, record, "", error)
-        return report
+        found = drive(self._scan(), self.store, self._env, never, (), {}).result()
+        hands = self._hands(found)
+        shift = _Shift(self, self._orphans(found))
+        if hands == 1:
+            shift.hand()
+        else:
+            _beside(shift, hands)
+        return shift.report()
 
     async def around(self) -> Report:
         """Go through all of them once."""
-        report = Report()
-        for record in self._orphans((await adrive(self._scan(), self.store, self._env, never, (), {})).result()):
-            try:
-                self._note(report, record, await aone(self._job(record)), None)
-            except Exception as error:
-                self._note(report, record, "", error)
-        return report
+        found = (await adrive(self._scan(), self.store, self._env, never, (), {})).result()
+        hands = self._hands(found)
+        shift = _Shift(self, self._orphans(found))
+        if hands == 1:
+            await shift.ahand()
+        else:
+            await _abeside(shift, hands)
+        return shift.report()
+
+    def _hands(self, found: Iterable[list[SagaRecord]]) -> int:
+        return max(1, min(self.concurrency, sum(map(len, found))))
 
     def _scan(self) -> Program:
         return Outcome((yield from pages("in doubt")), None)
 
-    def _orphans(self, found: Iterable[list[SagaRecord]]) -> Iterable[SagaRecord]:
+    def _orphans(self, found: Iterable[list[SagaRecord]]) -> Iterator[SagaRecord]:
         self.rounds += 1
         seen: set[str] = set()
         for page in found:
@@ -309,10 +321,12 @@ class Recoverer:
                     yield record
         self.failing = {key: value for key, value in self.failing.items() if key in seen}
 
-    def _job(self, record: SagaRecord) -> Job:
+    def job(self, record: SagaRecord) -> Job:
+        """What there is to do for a saga."""
         return Job(self.store, record.name, record.id, "", self._retries, self._lease, self._env)
 
-    def _note(self, report: Report, record: SagaRecord, how: str, error: Exception | None) -> None:
+    def note(self, report: Report, record: SagaRecord, how: str, error: Exception | None) -> None:
+        """Write down what came of a saga, and say it."""
         if error is None:
             self.failing.pop(record.key, None)
             if how:
@@ -327,3 +341,116 @@ class Recoverer:
             how = "left"
         if how and self.say is not None:
             self.say(record, how, error)
+
+
+class _Shift:
+    """One round by several hands: each takes the next saga, in the order of the scan, until there is none.
+
+    Whatever is no failure of a saga ends the shift: no other one is begun, those in hand are brought to their end.
+    """
+
+    def __init__(self, recoverer: Recoverer, todo: Iterator[SagaRecord]) -> None:
+        self._recoverer, self._todo = recoverer, todo
+        self._made = Report()
+        self._lock = threading.Lock()
+        self._over = False
+        self._cut: BaseException | None = None
+
+    def hand(self) -> None:
+        """Work as one of the hands, in this thread."""
+        try:
+            while (record := self._next()) is not None:
+                how, error = "", None
+                try:
+                    how = one(self._recoverer.job(record))
+                except Exception as failure:
+                    error = failure
+                self._note(record, how, error)
+                del error
+        except BaseException as cut:
+            self.end(cut)
+
+    async def ahand(self) -> None:
+        """Work as one of the hands, in this task."""
+        try:
+            while (record := self._next()) is not None:
+                how, error = "", None
+                try:
+                    how = await aone(self._recoverer.job(record))
+                except Exception as failure:
+                    error = failure
+                self._note(record, how, error)
+                del error
+        except BaseException as cut:
+            self.end(cut)
+
+    def end(self, cut: BaseException) -> None:
+        """Begin no other saga."""
+        self._over = True
+        self._cut = self._cut or cut
+
+    def report(self) -> Report:
+        """What came of it; or what ended it, raised. Once only, or it would be a reference cycle."""
+        cut, self._cut = self._cut, None
+        if cut is None:
+            return self._made
+        try:
+            raise cut
+        finally:
+            del cut
+
+    def _next(self) -> SagaRecord | None:
+        with self._lock:
+            return None if self._over else next(self._todo, None)
+
+    def _note(self, record: SagaRecord, how: str, error: Exception | None) -> None:
+        with self._lock:
+            self._recoverer.note(self._made, record, how, error)
+
+
+def _beside(shift: _Shift, hands: int) -> None:
+    """Let so many threads work, and wait for them. A second interrupt waits for nobody any more."""
+    if _loop_runs():
+        # It stands still meanwhile, and what is async is refused under it: one at a time, as for a single saga.
+        shift.hand()
+        return
+    ended = threading.Semaphore(0)
+    jobs: list[_threads.Job] = []
+    try:
+        for _ in range(hands):
+            job = _threads.Job(shift.hand, (), {}, copy_context(), lambda _: ended.release())
+            try:
+                _threads.run(job)
+            except RuntimeError:
+                # There are no more threads: those that there are do it, or this one.
+                break
+            jobs.append(job)
+        if not jobs:
+            shift.hand()
+        _awaited(jobs, ended)
+    except BaseException as cut:
+        shift.end(cut)
+        _awaited(jobs, ended)
+
+
+def _awaited(jobs: list[_threads.Job], ended: threading.Semaphore) -> None:
+    # By what the jobs say: an interrupt may come when a count is taken, and not yet seen here.
+    while not all(job.over for job in jobs):
+        # Not for ever: a signal that comes just before the wait does not end it, and is heard after it.
+        ended.acquire(timeout=0.2)
+
+
+async def _abeside(shift: _Shift, hands: int) -> None:
+    """Let so many tasks work, and wait for them. A cancel goes to all of them."""
+    from resilient._aio import together
+
+    try:
+        await together([shift.ahand] * hands)
+    except BaseException as cut:
+        shift.end(cut)
+
+
+def _loop_runs() -> bool:
+    """Whether an event loop of asyncio runs in this thread."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None

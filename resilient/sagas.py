@@ -20,7 +20,7 @@ from resilient._book import TTL, stored_key
 from resilient._drive import Outcome, Program, adrive, drive
 from resilient._journal import read, vouch_for, write
 from resilient._keeper import Beat
-from resilient._recovery import Job, Recoverer, Report, SagaRecord, aone, one, pages, record_of
+from resilient._recovery import HANDS, Job, Recoverer, Report, SagaRecord, aone, one, pages, record_of
 from resilient._saga_views import Story, describe, mermaid, timeline
 from resilient._settle import never
 from resilient._takeover import Again, asked, ended
@@ -82,6 +82,7 @@ def recover(
     modules: Iterable[str] = (),
     retries: Retry | None = None,
     lease: float = 30.0,
+    concurrency: int = HANDS,
     env: Env = SYSTEM,
 ) -> Report:
     """Finish the sagas in `store` whose processes have died, those of `name` if given; say what came of each.
@@ -89,9 +90,14 @@ def recover(
     Durable sagas go on forward if this process has imported their bodies. Functions that only a journal names must be
     in `modules` (see `vouch`). `retries` and `lease` are for what is undone without a body (see `Saga`). Async bodies
     and compensations are run in event loops of their own.
+
+    `concurrency`: how many sagas are gone on with beside each other, in threads; with 1, in this one. They share the
+    commits of the store. An interrupt lets those in hand come to their end, and begins no other; a second one leaves
+    them as they are.
     """
+    recoverer = Recoverer(_store(store), name=name, retries=retries, lease=lease, concurrency=concurrency, env=env)
     vouch(*modules)
-    return Recoverer(_store(store), name=name, retries=retries, lease=lease, env=env).round()
+    return recoverer.round()
 
 
 async def arecover(
@@ -101,14 +107,17 @@ async def arecover(
     modules: Iterable[str] = (),
     retries: Retry | None = None,
     lease: float = 30.0,
+    concurrency: int = HANDS,
     env: Env = SYSTEM,
 ) -> Report:
     """Finish the sagas in `store` whose processes have died. See `recover`.
 
-    Plain bodies and compensations run in this task, between awaits.
+    `concurrency`: how many sagas are gone on with beside each other, in tasks; with 1, in this one. A cancel goes to
+    all of them. Plain bodies and compensations run in these tasks, between awaits.
     """
+    recoverer = Recoverer(_store(store), name=name, retries=retries, lease=lease, concurrency=concurrency, env=env)
     vouch(*modules)
-    return await Recoverer(_store(store), name=name, retries=retries, lease=lease, env=env).around()
+    return await recoverer.around()
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_a_worker_ends_after_the_saga_in_hand(spy: Spy, capsys: Out, monkeypatch
     for name in ("o-1", "o-2"):
         block(spy, name)
     hooks["undo b"] = lambda: signal.raise_signal(signal.SIGINT)
-    assert run("worker", "memory://", "tests.test_sagas") == 0
+    assert run("worker", "memory://", "tests.test_sagas", "--concurrency", "1") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ", 1)[1][:12] for line in lines] == ["undone  bloc", "ended by sig"]
     assert log == ["undo b UNKNOWN", "undo a A"]

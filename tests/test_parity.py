@@ -62,6 +62,7 @@ APART_ALONE = {
     ("_body.py", "settled"),
     ("_parallel.py", "__enter__"),
     ("_parallel.py", "__exit__"),
+    ("_recovery.py", "_beside"),
     ("_recovery.py", "one"),
     ("_run.py", "_through"),
     ("durable.py", "_run"),

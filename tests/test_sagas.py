@@ -320,7 +320,7 @@ def test_a_recoverer_stops_between_two_sagas(spy: Spy) -> None:
         block(spy, name)
     done: list[str] = []
     recoverer = Recoverer(
-        spy, retries=RETRIES, stop=lambda: bool(done), say=lambda record, how, error: done.append(how)
+        spy, retries=RETRIES, concurrency=1, stop=lambda: bool(done), say=lambda record, how, error: done.append(how)
     )
     assert len(recoverer.round().compensated) == 1
     done.clear()
