@@ -325,8 +325,8 @@ def _durable(cells: dict[tuple[str, str, str, str], Row]) -> Iterable[str]:
         found("sagas", f"dbos, {place}", "one at a time", "times", "{:.1f}") for place in ("sqlite", "postgres")
     )
     yield (
-        f"Sixteen callers at once on SQLite (full) share commits, for {calls} times the rate of one; sixteen durable sagas "
-        f"for {sagas} times. DBOS takes {lite} times as long as a saga's block for the same three steps on SQLite, and "
+        f"Sixteen callers at once on SQLite (full) share commits, for {calls} times the rate of one; sixteen durable "
+        f"sagas for {sagas} times. DBOS takes {lite} times as long as our block for the same three steps on SQLite, and "
         f"{post} times on PostgreSQL."
     )
 
