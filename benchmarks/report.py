@@ -326,7 +326,7 @@ def _durable(cells: dict[tuple[str, str, str, str], Row]) -> Iterable[str]:
     )
     yield (
         f"Sixteen callers at once on SQLite (full) share commits, for {calls} times the rate of one; sixteen durable "
-        f"sagas for {sagas} times. DBOS takes {lite} times as long as our block for the same three steps on SQLite, and "
+        f"sagas for {sagas} times. The same three steps take DBOS {lite} times as long on SQLite, and "
         f"{post} times on PostgreSQL."
     )
 
