@@ -93,6 +93,8 @@ class Book:
         self.stuck: list[str] = []
         self.again = 0
         self.begun = self.lost = False
+        # When this run of it began, if somebody listens.
+        self.since = self.env.clock.now() if self.env.sinks else None
         # Why nothing more is written; a cancel or interrupt that came while something was.
         self.fault: Exception | None = None
         self.departed: Incompatible | None = None
@@ -198,7 +200,7 @@ class Book:
         return self._operation(Entry(done=self.pending, steps=[step], pivot=pivot, at=self.env.clock.at()))
 
     def announced(self, step: Step, reply: Any) -> bool:
-        """Whether `reply`, to what `at_once` gave, says that the step may run. If not, `announce` goes on from there."""
+        """Whether `reply`, to what `at_once` gave, says that the step may run. If not, `announce` goes on from it."""
         if not self._written(reply):
             self.heard = reply
             return False
@@ -213,6 +215,8 @@ class Book:
         """Write, and change the state that scans see."""
         label = label_of(self.saga, self.id, self.version, state)
         yield from self._write(Entry(done=self.pending, at=self.env.clock.at(), **fields), label)
+        if state == "stuck":
+            self._ended(state)
 
     def finish(self, state: str, ok: bytes | None, error: str | None) -> Generator[Any, Any, None]:
         """Write the end."""
@@ -228,6 +232,7 @@ class Book:
         yield from self.close()
         beat = self.beat
         yield from self._insist(Finish(beat.stored, beat.owner, beat.fence, write(result), TTL))
+        self._ended(state)
 
     def leave(self) -> Generator[Any, Any, None]:
         """Give the lease back, and leave the saga as it is: anybody may go on."""
@@ -305,10 +310,23 @@ class Book:
         return reply
 
     def _gone(self) -> Exception:
+        self.lost = True
         if self.fault is None:
             self.fault = Lost("its lease was over, and another process has it: this one stops", self.saga, self.id)
-        self.lost = True
+            if self.env.sinks:
+                from resilient.events import LeaseLost
+
+                self.env.emit(LeaseLost(self.saga, self.id, self.beat.attempt, True))
         return self.fault
+
+    def _ended(self, state: str) -> None:
+        """Tell how it ended, which is written now."""
+        env = self.env
+        if env.sinks:
+            from resilient.events import SagaEnded
+
+            seconds = None if self.since is None else env.clock.now() - self.since
+            env.emit(SagaEnded(self.saga, self.id, state, seconds, self.beat.attempt > 1))
 
     def _taken(self, reply: Any) -> Exception:
         if type(reply) is Busy:

@@ -85,12 +85,16 @@ class Run:
     _active = _number = 0
     # Only where there is a journal, which allows no step after it.
     _failed: BaseException | None = None
+    # When it began, if somebody listens.
+    _since: float | None = None
 
     def __init__(self, saga: Saga) -> None:
         self._saga = saga
         self._env = saga.env
         self._stack: list[Any] = []
         self._id = saga.id
+        if self._env.sinks:
+            self._since = self._env.clock.now()
 
     @property
     def id(self) -> str:

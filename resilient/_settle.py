@@ -103,7 +103,6 @@ def _settle(
             return Outcome(None, book.departed)
         if error is None:
             yield from book.finish("done", ok, None)
-            ended(saga, run, "done")
             return Outcome(None, book.cut)
     assert error is not None
     failure = isinstance(error, Exception)
@@ -133,7 +132,8 @@ def _pivoted(saga: Saga, run: Run, book: Book | None, error: BaseException) -> P
     if book is not None:
         yield from book.relabel("stuck", stuck=[f"failed after its pivot: {error!r}"])
         yield from book.leave()
-    ended(saga, run, "stuck")
+    else:
+        ended(saga, run, "stuck")
     if not isinstance(error, Exception):
         error.add_note(f"resilient: saga {saga.name} ({run.id}) is stuck: it was interrupted after its pivot")
         return Outcome(None, error)
@@ -156,7 +156,8 @@ def rollback(saga: Saga, run: Run, error: BaseException, undos: list[Undo], guar
         elif book.begun:
             yield from book.finish("aborted", None, book.failed or text)
         cut = cut if book.cut is None else book.cut
-    ended(saga, run, "stuck" if errors else "aborted")
+    if book is None or not book.begun:
+        ended(saga, run, "stuck" if errors else "aborted")
     if cut is not None or not isinstance(error, Exception):
         last = cut if cut is not None else error
         for one in errors:
@@ -181,7 +182,9 @@ def _noting(book: Book) -> Callable[[Undo, BaseException | None], Generator[Any,
 
 
 def ended(saga: Saga, run: Run, state: str) -> None:
-    if saga.env.sinks:
+    """Tell how a saga ended of which there is no journal. Where there is one, whoever writes it tells."""
+    env = saga.env
+    if env.sinks:
         from resilient.events import SagaEnded
 
-        saga.env.emit(SagaEnded(saga.name, run.id, state))
+        env.emit(SagaEnded(saga.name, run.id, state, None if run._since is None else env.clock.now() - run._since))

@@ -8,7 +8,7 @@ Everything here is immutable and may be shared between threads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = [
     "BreakerChanged",
@@ -104,10 +104,14 @@ class Replayed(Event):
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost(Event):
-    """The call with this `key` runs or ended when the key was another's already; what it returns is not stored."""
+    """The call with this `key` runs or ended when the key was another's already; what it returns is not stored.
+
+    With `saga` it is a saga with this id, which another process has: it stopped where it was, and undid nothing.
+    """
 
     key: str
     attempt: int
+    saga: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +142,16 @@ class Compensated(Event):
 
 @dataclass(frozen=True, slots=True)
 class SagaEnded(Event):
-    """The saga with this `id` is "done", "aborted" or "stuck"."""
+    """The saga with this `id` is "done", "aborted" or "stuck".
+
+    `seconds`: how long this run of it took; None if nobody listened when it began. `recovered`: another run began it.
+    """
 
     id: str
     state: str
+    # Equal are events that say the same of a saga, however long it took.
+    seconds: float | None = field(default=None, compare=False)
+    recovered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
