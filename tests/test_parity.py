@@ -154,6 +154,9 @@ def pairs() -> list[tuple[str, str, str, ast.AST, ast.AST, frozenset[str]]]:
     return found
 
 
+PAIRS = pairs()
+
+
 def struck(strike: Strike, node: ast.AST) -> str:
     return ast.unparse(ast.fix_missing_locations(strike.visit(node)))
 
@@ -164,7 +167,7 @@ def shells(node: ast.AST) -> list[ast.AST]:
     return inner[1:] if getattr(node, "name", None) in ("sync", "coro") else inner[:1]
 
 
-@pytest.mark.parametrize(("file", "owner", "name", "asynchronous", "plain", "twins"), pairs())
+@pytest.mark.parametrize(("file", "owner", "name", "asynchronous", "plain", "twins"), PAIRS)
 def test_the_twins_are_equal(
     file: str, owner: str, name: str, asynchronous: ast.AST, plain: ast.AST, twins: frozenset[str]
 ) -> None:
@@ -186,5 +189,5 @@ def test_the_comparison_sees_a_difference() -> None:
 
 
 def test_there_is_something_to_compare() -> None:
-    compared = {owner for _, owner, name, *_ in pairs() if name == "sync"}
+    compared = {owner for _, owner, name, *_ in PAIRS if name == "sync"}
     assert {"Bulkhead", "CircuitBreaker", "Fallback", "RateLimiter", "Retry", "Watch"} <= compared
