@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import re
 import tempfile
 import threading
@@ -158,10 +159,7 @@ def _seconds(job: Job) -> float:
 def _sync(job: Job, store: Any, raw: Any) -> list[Row]:
     ours = _guarded(store)
     if raw is None:
-        return [
-            _row(job, name, {"us": _alone(job, ours, ready)})
-            for name, ready in (("first call", False), ("replay", True))
-        ]
+        return _alone(job, ours)
     rows: list[Row] = []
     for call in (ours, raw.first):
         call(READY)
@@ -181,10 +179,7 @@ def _sync(job: Job, store: Any, raw: Any) -> list[Row]:
 async def _async(job: Job, store: Any, raw: Any) -> list[Row]:
     ours = _aguarded(store)
     if raw is None:
-        return [
-            _row(job, name, {"us": await _aalone(job, ours, ready)})
-            for name, ready in (("first call", False), ("replay", True))
-        ]
+        return await _aalone(job, ours)
     rows: list[Row] = []
     try:
         for call in (ours, raw.afirst):
@@ -232,27 +227,42 @@ def _row(job: Job, name: str, series: _Series) -> Row:
 # -- without a server ------------------------------------------------------------------------------------------------
 
 
-def _alone(job: Job, call: Call, ready: bool) -> list[float]:
+RANDOM = "os.urandom(16).hex()"
+
+
+def _random(key: str) -> str:
+    return os.urandom(16).hex()
+
+
+def _alone(job: Job, call: Call) -> list[Row]:
+    """First calls and replays, and between them the plain operation that their bounds are scaled by."""
     call(READY)
-    took: list[float] = []
+    took: _Series = {"first call": [], "replay": [], RANDOM: []}
     for _ in range(job.rounds * 8):
-        batch = [READY] * 200 if ready else keys(200)
-        gc.collect(0)
-        took.append(crowd(call, [batch]) / 200 * 1e6)
-    return took
+        for name, batch in (("first call", keys(200)), ("replay", [READY] * 200)):
+            gc.collect(0)
+            took[name].append(crowd(call, [batch]) / 200 * 1e6)
+            took[RANDOM].append(crowd(_random, [batch]) / 200 * 1e6)
+    return _alone_rows(job, took)
 
 
-async def _aalone(job: Job, call: ACall, ready: bool) -> list[float]:
+async def _aalone(job: Job, call: ACall) -> list[Row]:
     await call(READY)
-    took: list[float] = []
+    took: _Series = {"first call": [], "replay": [], RANDOM: []}
     for _ in range(job.rounds * 8):
-        batch = [READY] * 200 if ready else keys(200)
-        gc.collect(0)
-        began = perf_counter()
-        for key in batch:
-            await call(key)
-        took.append((perf_counter() - began) / 200 * 1e6)
-    return took
+        for name, batch in (("first call", keys(200)), ("replay", [READY] * 200)):
+            gc.collect(0)
+            began = perf_counter()
+            for key in batch:
+                await call(key)
+            took[name].append((perf_counter() - began) / 200 * 1e6)
+            took[RANDOM].append(crowd(_random, [batch]) / 200 * 1e6)
+    return _alone_rows(job, took)
+
+
+def _alone_rows(job: Job, took: _Series) -> list[Row]:
+    rows = [_row(job, name, {"us": took[name]}) for name in ("first call", "replay")]
+    return [*rows, {**_row(job, RANDOM, {"us": took[RANDOM]}), "library": RANDOM, "reference": True}]
 
 
 class Nothing:
@@ -274,14 +284,9 @@ class Nothing:
 
 
 def _library(job: Job) -> list[Row]:
-    rows: list[Row] = []
-    for name, ready in (("first call", False), ("replay", True)):
-        if job.mode == "async":
-            took = asyncio.run(_aalone(job, _aguarded(Nothing()), ready))
-        else:
-            took = _alone(job, _guarded(Nothing()), ready)
-        rows.append(_row(job, name, {"us": took}))
-    return rows
+    if job.mode == "async":
+        return asyncio.run(_aalone(job, _aguarded(Nothing())))
+    return _alone(job, _guarded(Nothing()))
 
 
 # -- callers that share commits --------------------------------------------------------------------------------------

@@ -14,12 +14,25 @@ from decimal import Decimal
 from enum import Enum
 from functools import partial
 from hashlib import blake2b
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 from uuid import UUID
+
+from msgspec import json
 
 from resilient._codec import fingerprint_encoder
 
-__all__ = ["Fingerprint", "Key", "Scope", "binder", "check_settings", "digest", "fingerprint_of", "key_text"]
+__all__ = [
+    "Fingerprint",
+    "Hasher",
+    "Key",
+    "Scope",
+    "addresser",
+    "binder",
+    "check_settings",
+    "digest",
+    "fingerprint_of",
+    "key_text",
+]
 
 Key: TypeAlias = "str | tuple[str, ...] | list[str] | Callable[..., Any]"
 Fingerprint: TypeAlias = "bool | str | tuple[str, ...] | list[str] | Callable[..., Any]"
@@ -82,8 +95,6 @@ def _text(given: Any) -> str:
         case datetime() | date():
             return given.isoformat()
         case tuple() | list():
-            from msgspec import json
-
             parts = [key_text(part) for part in cast("list[Any]", given)]
             if not parts:
                 raise ValueError("there is no idempotency key: it has no parts")
@@ -105,12 +116,45 @@ def digest(*parts: bytes) -> Any:
     return made
 
 
+def Hasher(function: str) -> Callable[[str, str], tuple[str, str]]:  # noqa: N802
+    """From scope and key to the stored key, and to the label that tells people what it stands for."""
+    heads: dict[str, tuple[Any, str]] = {}
+
+    def hasher(scope: str, key: str) -> tuple[str, str]:
+        head = heads.get(scope)
+        if head is None:
+            head = _head(function, scope)
+            if len(heads) < 1000:
+                heads[scope] = head
+        made = head[0]()
+        made.update(key.encode())
+        return made.hexdigest(), f"{head[1]}{json.encode(key).decode()}}}"
+
+    return hasher
+
+
+def _head(function: str, scope: str) -> tuple[Callable[[], Any], str]:
+    """What keys of `function` in `scope` have in common: copies of a hash that goes on, and how the label begins."""
+    text = f'{{"function":{json.encode(function).decode()},"scope":{json.encode(scope).decode()},"key":'
+    return digest(scope.encode(), function.encode()).copy, text
+
+
 Bound: TypeAlias = Callable[[Any, Any], "tuple[str, str, str]"]
 """From the arguments of a call, positional and by name: scope, key and fingerprint, all as text."""
+Address: TypeAlias = Callable[[Any, Any], "tuple[str, str, str, str]"]
+"""From the arguments of a call to the key, the stored key, its label and the fingerprint."""
 
 
-def binder(target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerprint, scope: Scope) -> Bound:
-    """Compile the way from a call of `target` (called `name` in errors) to its scope, key and fingerprint."""
+class _Parts(NamedTuple):
+    """What the parameters of a function are to its key and its fingerprint."""
+
+    by_name: list[str]
+    rest: list[str]
+    # Takes the arguments of a call, and gives those for the key and those for the fingerprint.
+    both: Callable[..., Any]
+
+
+def _parts(target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerprint) -> _Parts:
     # What a partial brings along are arguments like others: they tell calls apart, and may be the key.
     brought: list[Any] = []
     while isinstance(target, partial):
@@ -140,35 +184,62 @@ def binder(target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerp
         both = _compiled(signature, name, by_name, rest)
     for one in reversed(brought):
         both = partial(both, *one.args, **one.keywords)
+    return _Parts(by_name, rest, both)
+
+
+def binder(target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerprint, scope: Scope) -> Bound:
+    """Compile the way from a call of `target` (called `name` in errors) to its scope, key and fingerprint."""
+    return _bound(_parts(target, name, key, fingerprint), name, key, fingerprint, scope)
+
+
+def addresser(
+    target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerprint, scope: Scope, function: str
+) -> Address:
+    """`binder` and `Hasher` (of `function`) in one."""
+    parts = _parts(target, name, key, fingerprint)
+    if len(parts.by_name) > 1 or any(map(callable, (key, fingerprint, scope))) or fingerprint is False:
+        bound, hasher = _bound(parts, name, key, fingerprint, scope), Hasher(function)
+
+        def address(args: Any, kwargs: Any) -> tuple[str, str, str, str]:
+            within, text, print_ = bound(args, kwargs)
+            return text, *hasher(within, text), print_
+
+        return address
+    # What most functions have: the same, with fewer questions.
+    both, encode = parts.both, fingerprint_encoder()
+    new_print = blake2b(digest_size=16).copy
+    new_key, head = _head(function, "" if scope is None else cast(str, scope))
+
+    def quick(args: Any, kwargs: Any) -> tuple[str, str, str, str]:
+        text, values = both(*args, **kwargs) if kwargs else both(*args)
+        if type(text) is not str or not 0 < len(text) <= LONGEST or not text.isprintable():
+            text = key_text(text)
+        hashed = new_print()
+        try:
+            hashed.update(encode(values))
+        except Exception as error:
+            raise _unprintable(name, parts.rest, values, encode, error) from None
+        made = new_key()
+        made.update(text.encode())
+        # (Printable text has nothing else that JSON would escape.)
+        quoted = json.encode(text).decode() if '"' in text or "\\" in text else f'"{text}"'
+        return text, made.hexdigest(), f"{head}{quoted}}}", hashed.hexdigest()
+
+    return quick
+
+
+def _bound(parts: _Parts, name: str, key: Key, fingerprint: Fingerprint, scope: Scope) -> Bound:
     encode = fingerprint_encoder()
     find_key = key if callable(key) else None
     find_print = fingerprint if callable(fingerprint) else None
     find_scope = scope if callable(scope) else None
     fixed = "" if scope is None or callable(scope) else scope
-    single = len(by_name) == 1
-    hasher = blake2b(digest_size=16).copy
-    if single and fingerprint is not False and find_print is None and find_scope is None:
-        # What most functions have: the same as below, with fewer questions.
-        def quick(args: Any, kwargs: Any) -> tuple[str, str, str]:
-            (text,), values = both(*args, **kwargs)
-            if type(text) is not str or not 0 < len(text) <= LONGEST or not text.isprintable():
-                text = key_text(text)
-            hashed = hasher()
-            try:
-                hashed.update(encode(values))
-                return fixed, text, hashed.hexdigest()
-            except Exception as error:
-                raise _unprintable(name, rest, values, encode, error) from None
-
-        return quick
 
     def bound(args: Any, kwargs: Any) -> tuple[str, str, str]:
         # The signature is checked first: a call that cannot be made is the caller's TypeError, as without a guard.
-        keys, values = both(*args, **kwargs)
+        keys, values = parts.both(*args, **kwargs)
         if find_key is not None:
             keys = find_key(*args, **kwargs)
-        elif single:
-            keys = keys[0]
         text = key_text(keys)
         if find_print is not None:
             values = find_print(*args, **kwargs)
@@ -177,7 +248,7 @@ def binder(target: Callable[..., Any], name: str, key: Key, fingerprint: Fingerp
         try:
             data = encode(values)
         except Exception as error:
-            raise _unprintable(name, rest, values, encode, error) from None
+            raise _unprintable(name, parts.rest, values, encode, error) from None
         print_ = blake2b(data, digest_size=16).hexdigest()
         return fixed if find_scope is None else _scope(find_scope(*args, **kwargs)), text, print_
 
@@ -214,7 +285,10 @@ def _rest(signature: inspect.Signature, keys: list[str]) -> list[str]:
 
 
 def _compiled(signature: inspect.Signature, name: str, keys: list[str], rest: list[str]) -> Callable[..., Any]:
-    """A function with this signature that returns the arguments for `keys` and those for `rest`, each as a tuple."""
+    """A function with this signature that returns the arguments for `keys` and those for `rest`, each as a tuple.
+
+    But where there is one key, it is that by itself.
+    """
     parts: list[str] = []
     defaults: list[Any] = []
     by_name: dict[str, Any] = {}
@@ -235,6 +309,8 @@ def _compiled(signature: inspect.Signature, name: str, keys: list[str], rest: li
     if before is _POSITIONAL:
         parts.append("/")
     tuples = ["(" + "".join(f"{one}, " for one in names) + ")" for names in (keys, rest)]
+    if len(keys) == 1:
+        tuples[0] = keys[0]
     # Names are identifiers (`inspect.Parameter` sees to that), and nothing else goes in: defaults are put in after.
     made = eval(f"lambda {', '.join(parts)}: ({tuples[0]}, {tuples[1]})", {"__builtins__": {}})
     made.__defaults__ = tuple(defaults) or None

@@ -55,8 +55,7 @@ class Json:
         encode = msgspec.json.Encoder(enc_hook=_enc_hook).encode
         decode = msgspec.json.Decoder(annotation, dec_hook=_dec_hook).decode
         limit = self.limit
-        # What comes back as it went, beyond doubt.
-        plain = annotation if annotation in (str, int, bool) else None
+        plain = _plain(annotation)
 
         def encoded(value: Any) -> bytes:
             data = encode(value)
@@ -83,6 +82,11 @@ class Json:
 
     def __repr__(self) -> str:
         return f"Json(limit={self.limit})"
+
+
+def _plain(annotation: Any) -> type | None:
+    """The type of which every value comes back as it went, beyond doubt, where `annotation` is that type."""
+    return cast("type", annotation) if annotation in (str, int, bool) else None
 
 
 def _closed(annotation: Any) -> bool:
@@ -208,7 +212,18 @@ class Form:
         self._decode: Callable[[bytes], Any]
         if isinstance(codec, Json):
             encode, self._decode = codec.form(annotation)
-            self.keep = lambda value: b'{"v":1,"ok":%b}' % encode(value)
+            plain = _plain(annotation) if type(codec) is Json else None
+            write, limit = msgspec.json.encode, codec.limit
+
+            def keep(value: Any) -> bytes:
+                # What comes back as it went needs no second look, and is most of what is kept.
+                if type(value) is plain:
+                    data = write(value)
+                    if len(data) <= limit:
+                        return b'{"v":1,"ok":' + data + b"}"
+                return b'{"v":1,"ok":%b}' % encode(value)
+
+            self.keep = keep
         else:
             self._decode = lambda data: codec.decode(data, annotation)
             self.keep = lambda value: b'{"v":1,"raw":"%b"}' % base64.b64encode(codec.encode(value, annotation))

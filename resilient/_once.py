@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from resilient._keeper import TaskKeeper, ThreadKeeper
     from resilient.policy import Env
 
-__all__ = ["RERUN", "Hold", "Tally", "current", "once", "was_replayed"]
+__all__ = [
+    "RERUN",
+    "Hold",
+    "Tally",
+    "current",
+    "ended",
+    "once",
+    "unbegun",
+    "unfinished",
+    "unkept",
+    "was_replayed",
+]
 
 
 class _Rerun:
@@ -113,10 +124,14 @@ def once(
     hold: Hold,
     fingerprint: str,
     label: str,
+    reply: Any = ...,
 ) -> Program:
-    """One call. The answer is its outcome, or that of the call that the store remembers."""
-    stored, who = hold.stored, hold.owner
-    reply: Any = yield Claim(stored, who, how.lease, fingerprint, label)
+    """One call. The answer is its outcome, or that of the call that the store remembers.
+
+    `reply`: what the store said to the first claim, where that has been asked already.
+    """
+    if reply is ...:
+        reply = yield Claim(hold.stored, hold.owner, how.lease, fingerprint, label)
     if type(reply) is not Acquired:
         reply = yield from _contend(how, form, store, env, hold, fingerprint, label, reply)
         if isinstance(reply, Outcome):
@@ -125,11 +140,8 @@ def once(
     hold.fence, hold.attempt, hold.policy = reply.fence, reply.attempt, how.name
     try:
         keeper.begin(hold)
-    except Exception:
-        # No thread could be started, for instance. The function has not run.
-        keeper.end(hold)
-        yield from (_abandon if hold.attempt > 1 else _release)(how, env, hold, None)
-        raise
+    except Exception as fault:
+        return (yield from unbegun(how, keeper, env, hold, fault))
     hold.outer = outer = current.get()
     current.set(hold)
     beating = False
@@ -148,6 +160,21 @@ def once(
         # Closed by the garbage collector, it may end in another context: what is there is not its own.
         if current.get() is hold:
             current.set(outer)
+    return (yield from ended(how, form, remember, keeps, env, hold, outcome, beating, settled))
+
+
+def ended(
+    how: Tally,
+    form: Form,
+    remember: tuple[type[Exception], ...],
+    keeps: Any,
+    env: Env,
+    hold: Hold,
+    outcome: Outcome,
+    beating: bool,
+    settled: Outcome | None = None,
+) -> Program:
+    """The rest of a call once its function, or what was asked in its place (`settled`), has ended with `outcome`."""
     # A cancel that comes while a heartbeat is waited for counts as one that comes at the last word.
     late: Any = (yield Settle(hold)) if beating else None
     error = outcome.error
@@ -166,14 +193,8 @@ def once(
         try:
             data = form.keep(outcome.value)
         except Exception as fault:
-            cut = yield from _abandon(how, env, hold, None, late)
-            if cut is not None:
-                return Outcome(None, cut)
-            fault.add_note(
-                f"resilient: {how.name} ran, and what it returned cannot be kept: its key {hold.key!r} is in doubt"
-            )
-            raise
-        reply = (yield Finish(stored, who, hold.fence, data, how.ttl)) if late is None else late
+            return (yield from unkept(how, env, hold, fault, late))
+        reply = (yield Finish(hold.stored, hold.owner, hold.fence, data, how.ttl)) if late is None else late
         if reply is not True:
             yield from _finish(how, env, hold, data, outcome, reply)
         yield outcome
@@ -188,6 +209,34 @@ def once(
         return outcome
     cut = yield from (_abandon if unknown else _release)(how, env, hold, error, late)
     return outcome if cut is None else Outcome(None, cut)
+
+
+def unbegun(how: Tally, keeper: ThreadKeeper | TaskKeeper, env: Env, hold: Hold, fault: Exception) -> Program:
+    """The rest of a call whose heartbeat could not begin: no thread could be started, say. Its function has not run."""
+    keeper.end(hold)
+    yield from (_abandon if hold.attempt > 1 else _release)(how, env, hold, None)
+    try:
+        raise fault
+    finally:
+        del fault
+
+
+def unkept(how: Tally, env: Env, hold: Hold, fault: Exception, late: Cut | None = None) -> Program:
+    """The rest of a call whose result cannot be kept."""
+    cut = yield from _abandon(how, env, hold, None, late)
+    if cut is not None:
+        return Outcome(None, cut)
+    fault.add_note(f"resilient: {how.name} ran, and what it returned cannot be kept: its key {hold.key!r} is in doubt")
+    try:
+        raise fault
+    finally:
+        del fault
+
+
+def unfinished(how: Tally, env: Env, hold: Hold, data: bytes, outcome: Outcome, reply: Any) -> Program:
+    """The rest of a call that the store did not finish with `data`: it said `reply`."""
+    yield from _finish(how, env, hold, data, outcome, reply)
+    return outcome
 
 
 # Whoever remembers every Exception does not mean these: they say that nothing was asked, or nothing is known.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import json
 import math
 import uuid
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient import Idempotent, InFlight, KeyReused
-from resilient._binding import binder, digest, fingerprint_of, key_text
+from resilient._binding import addresser, binder, digest, fingerprint_of, key_text
 from resilient.idempotency import Hasher, identity
 from resilient.stores import MemoryStore
 
@@ -583,3 +584,81 @@ def test_a_call_inside_itself_with_its_own_key_does_not_wait_for_itself() -> Non
         _, policy = once(key="n", fingerprint=False)
         again: Callable[..., Any] = policy(lambda n, deep: again(n, deep + 1))
         again(1, 1)
+
+
+# -- the address: what the binder finds, hashed ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", [None, 'tenant "a\\'])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "k",
+        "order 7",
+        'with "quotes"',
+        "back\\slash",
+        "kürzel ✓",
+        "/<&>'`",
+        7,
+        Decimal("1.50"),
+        date(2026, 1, 2),
+        ("a", "b"),
+    ],
+)
+def test_the_quick_way_to_an_address_is_the_long_one(key: Any, scope: str | None) -> None:
+    def charge(key: Any, cents: int = 1, *, note: str = "x") -> None: ...
+
+    quick = addresser(charge, "charge", "key", True, scope, "m:charge")
+    long, hasher = binder(charge, "charge", "key", True, scope), Hasher("m:charge")
+    for args, kwargs in (((key,), {}), ((key, 5), {}), ((), {"key": key, "cents": 5, "note": "y"})):
+        within, text, print_ = long(args, kwargs)
+        assert quick(args, kwargs) == (text, *hasher(within, text), print_)
+        assert json.loads(quick(args, kwargs)[2])["key"] == text
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (("",), ValueError),
+        (("x" * 256,), ValueError),
+        (("a\nb",), ValueError),
+        ((None,), ValueError),
+        ((1.5,), TypeError),
+        (("k", object()), TypeError),
+        (("k", 1, 2), TypeError),
+        ((), TypeError),
+    ],
+)
+def test_both_ways_refuse_alike(args: Any, error: type[Exception]) -> None:
+    def charge(key: Any, cents: Any = 1) -> None: ...
+
+    quick, long = (
+        make(charge, "charge", "key", True, None, *more) for make, more in ((addresser, ("f",)), (binder, ()))
+    )
+    said: list[str] = []
+    for way in (quick, long):
+        with pytest.raises(error) as caught:
+            way(args, {})
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"key": ("key", "cents")},
+        {"key": lambda key, cents: key},
+        {"fingerprint": False},
+        {"fingerprint": ("cents",)},
+        {"fingerprint": lambda key, cents: cents},
+        {"scope": lambda key, cents: f"of {key}"},
+    ],
+)
+def test_an_address_under_every_setting_is_what_the_binder_finds(settings: Any) -> None:
+    def charge(key: str, cents: int) -> None: ...
+
+    chosen: Any = {"key": "key", "fingerprint": True, "scope": None, **settings}
+    args = ("k", 5)
+    within, text, print_ = binder(charge, "charge", **chosen)(args, {})
+    address = addresser(charge, "charge", **chosen, function="f")
+    assert address(args, {}) == (text, *Hasher("f")(within, text), print_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import enum
@@ -291,6 +292,10 @@ class Later:
     def early(self, key: str) -> Defined:
         return Defined(5)
 
+    @Idempotent("memory://", key="key")
+    async def aearly(self, key: str) -> Defined:
+        return Defined(6)
+
     def __call__(self, key: str) -> Receipt:
         return Receipt(key, 1)
 
@@ -302,6 +307,22 @@ class Defined:
 
 def test_a_name_that_is_defined_later_is_resolved_at_the_first_call() -> None:
     assert Later().early("k") == Later().early("k") == Defined(5)
+    assert asyncio.run(Later().aearly("k")) == asyncio.run(Later().aearly("k")) == Defined(6)
+
+
+def test_a_codec_may_be_used_by_itself() -> None:
+    assert Json().encode("x", str) == Json().encode("x") == b'"x"'
+    assert Json().decode(b'"x"', str) == "x"
+
+
+def test_a_plain_result_has_a_limit_too() -> None:
+    @Idempotent(MemoryStore(), key="key", codec=Json(limit=10))
+    def f(key: str) -> str:
+        return key
+
+    assert f("12345678") == "12345678"
+    with pytest.raises(ValueError, match="it takes 11 bytes, and the limit is 10"):
+        f("123456789")
 
 
 def test_a_name_that_is_never_defined_is_an_error_at_the_first_call_before_anything_runs() -> None:

@@ -146,7 +146,10 @@ class MemoryStore:
 
     def _take_locked(self, op: Claim, now: float, attempt: int) -> Acquired:
         # Microseconds since the epoch, or one more than the last: a clock may stand still, or be put back.
-        fence = self._fence = max(int(now * 1e6), self._fence + 1)
+        fence = int(now * 1e6)
+        if fence <= self._fence:
+            fence = self._fence + 1
+        self._fence = fence
         self._rows[op.key] = _Row(op.owner, op.fingerprint, op.label, now, now + op.lease, attempt, fence)
         return Acquired(fence, attempt)
 
@@ -189,15 +192,17 @@ class MemoryStore:
         return True
 
     def _finish(self, op: Finish, now: float) -> bool:
-        row = self._mine(op)
-        if row is None:
+        key = op.key
+        row = self._rows.get(key)
+        # (`_mine`, without the call: no operation but `Claim` is asked for as often.)
+        if row is None or row.owner != op.owner or (row.fence != op.fence and op.fence):
             return False
         if row.result is None:
             row.result, row.mark = op.result, now
             row.expires = expires = now + op.ttl
-            heappush(self._ends, (expires, op.key))
+            heappush(self._ends, (expires, key))
             if row.awaited:
-                self._end(op.key, row)
+                self._end(key, row)
         return True
 
     def _release(self, op: Release, now: float) -> bool:
