@@ -27,7 +27,7 @@ NAME = "demo.order"
 LEASE, SLACK = 1.5, 0.05
 """Seconds without a sign of life after which a client counts as dead; and some more, for clocks."""
 HANDS = 16
-"""Recoverers at a time: each goes through all that is left, and takes what no other one has."""
+"""How many of those that were left are finished at a time."""
 TRIES, PAUSE = 20, 0.5
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class Desk:
             return
         try:
             await self._clock.asleep(max(0.0, self._until + SLACK - self._clock.at()))
-            await asyncio.gather(*(self._place.arecover() for _ in range(min(HANDS, len(self._left)))))
+            await sagas.arecover(self._store, name=NAME, concurrency=HANDS)
         finally:
             for left in self._left.values():
                 left.set()
