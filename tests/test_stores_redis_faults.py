@@ -731,6 +731,38 @@ def test_after_a_fork_nothing_of_the_parent_is_used(listening: RedisStore, proxy
     del _redis_wire._parents[:]
 
 
+def test_a_server_that_forgot_its_scripts_is_told_them_where_many_keys_are_looked_at(
+    world: World, beside: redis.Redis
+) -> None:
+    for n in range(5):
+        claim = world.ask(Claim(f"k{n}", "o", 30.0))
+        world.ask(Finish(f"k{n}", "o", claim.fence, b"r", 60.0))
+        beside.hset(f"{world.store.prefix}damaged{n}", mapping={"v": "1", "f": "x"})
+    beside.set(f"{world.store.prefix}else", "somebody's")
+    beside.script_flush()
+    assert {record.key for record in world.ask(Scan(limit=100)).records} == {f"k{n}" for n in range(5)}
+    assert {record.key for record in world.ask(Scan(limit=100)).records} == {f"k{n}" for n in range(5)}
+    beside.script_flush()
+    assert world.ask(Purge(0.0, 2)) == 2
+    beside.script_flush()
+    assert world.ask(Purge(0.0)) == 3
+    assert world.ask(Purge(0.0)) == 0
+    assert beside.exists(f"{world.store.prefix}else")
+
+
+def test_many_keys_are_looked_at_in_few_round_trips(world: World, proxy: FaultProxy, beside: redis.Redis) -> None:
+    for n in range(300):
+        beside.hset(f"{world.store.prefix}k{n}", mapping={"v": "9"})
+    world.ask(Scan())
+    before = len(proxy.seen)
+    assert world.ask(Scan(limit=1000, state="in doubt")).records == ()
+    assert world.ask(Purge(0.0)) == 0
+    asked = b"".join(proxy.seen[before:])
+    assert asked.count(b"EVALSHA") >= 600
+    # However the network cuts them: a request for each key alone would be one each.
+    assert len(proxy.seen) - before < 200
+
+
 # -- clusters ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from resilient.errors import StoreError
 from resilient.stores._redis_wire import failure, no_script
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from resilient.stores._lua import Request
 
 __all__ = ["Client", "TaskClient"]
@@ -35,6 +38,25 @@ class Client:
             return self._client.execute_command("EVAL", script.text, 1, key, *args)
         except Exception as error:
             raise _blamed(error, script.writes, self._sure) from error
+
+    def run_all(self, requests: Sequence[Request]) -> list[Any]:
+        """The server's answers to requests that are sent together; for one that fails alone, its error."""
+        try:
+            pipeline = self._client.pipeline(transaction=False)
+            for script, key, args in requests:
+                pipeline.execute_command("EVALSHA", script.sha, 1, key, *args)
+            answers: list[Any] = pipeline.execute(raise_on_error=False)
+        except Exception as error:
+            raise _blamed(error, any(request.script.writes for request in requests), self._sure) from error
+        for at, answer in enumerate(answers):
+            if isinstance(answer, Exception):
+                answers[at] = _blamed(answer, False, self._sure)
+                if no_script(answer):
+                    try:
+                        answers[at] = self.run(requests[at])
+                    except StoreError as error:
+                        answers[at] = error
+        return answers
 
     def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
         """A piece of a node's keys, and where the next begins."""
@@ -77,6 +99,25 @@ class TaskClient:
             return await self._client.execute_command("EVAL", script.text, 1, key, *args)
         except Exception as error:
             raise _blamed(error, script.writes, self._sure) from error
+
+    async def run_all(self, requests: Sequence[Request]) -> list[Any]:
+        """The server's answers to requests that are sent together; for one that fails alone, its error."""
+        try:
+            pipeline = self._client.pipeline(transaction=False)
+            for script, key, args in requests:
+                pipeline.execute_command("EVALSHA", script.sha, 1, key, *args)
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        except Exception as error:
+            raise _blamed(error, any(request.script.writes for request in requests), self._sure) from error
+        for at, answer in enumerate(answers):
+            if isinstance(answer, Exception):
+                answers[at] = _blamed(answer, False, self._sure)
+                if no_script(answer):
+                    try:
+                        answers[at] = await self.run(requests[at])
+                    except StoreError as error:
+                        answers[at] = error
+        return answers
 
     async def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
         """A piece of a node's keys, and where the next begins."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from resilient.errors import StoreError
@@ -33,6 +33,8 @@ class ThreadPort(Protocol):
 
     def run(self, request: Request) -> Any: ...
 
+    def run_all(self, requests: Sequence[Request]) -> list[Any]: ...
+
     def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]: ...
 
     def nodes(self) -> list[str]: ...
@@ -44,6 +46,8 @@ class TaskPort(Protocol):
     """A way to a server, for tasks."""
 
     async def run(self, request: Request) -> Any: ...
+
+    async def run_all(self, requests: Sequence[Request]) -> list[Any]: ...
 
     async def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]: ...
 
@@ -113,6 +117,20 @@ class Pool:
                 raise
         return self._ask(_packed(_eval_args(request)), writes)
 
+    def run_all(self, requests: Sequence[Request]) -> list[Any]:
+        """The server's answers to requests that are sent together; for one that fails alone, its error."""
+        packed = b"".join([request.packed() for request in requests])
+        answers: list[Any] = self._ask(packed, any(request.script.writes for request in requests), len(requests))
+        for at, answer in enumerate(answers):
+            if isinstance(answer, Exception):
+                answers[at] = failure(answer, False)
+                if no_script(answer):
+                    try:
+                        answers[at] = self.run(requests[at])
+                    except StoreError as error:
+                        answers[at] = error
+        return answers
+
     def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
         """A piece of the server's keys, and where the next begins."""
         after, keys = self._ask(_packed(_scan_args(cursor, match, count)), False)
@@ -122,15 +140,15 @@ class Pool:
         """One server, without a name."""
         return [""]
 
-    def _ask(self, packed: bytes, writes: bool) -> Any:
+    def _ask(self, packed: bytes, writes: bool, number: int = 0) -> Any:
         if not self._slots.acquire(timeout=self._timeout):
             raise StoreError(f"no connection to Redis became free within {self._timeout:.3g} s")
         try:
-            return self._ask_one(packed, writes)
+            return self._ask_one(packed, writes, number)
         finally:
             self._slots.release()
 
-    def _ask_one(self, packed: bytes, writes: bool) -> Any:
+    def _ask_one(self, packed: bytes, writes: bool, number: int) -> Any:
         free, closed = self._free, self._closed
         sent = False
         conn: Any = None
@@ -138,7 +156,7 @@ class Pool:
             conn = self._take()
             sent = True
             conn.send_packed_command([packed], check_health=False)
-            answer = conn.read_response()
+            answer = [_read(conn) for _ in range(number)] if number else conn.read_response()
         except BaseException as error:
             if not isinstance(error, Exception):
                 if conn is not None:
@@ -197,6 +215,26 @@ def _answered(error: Exception) -> bool:
     return any(kind.__name__ == "ResponseError" for kind in type(error).__mro__)
 
 
+def _read(conn: Any) -> Any:
+    """One of several answers, or the error that the server answered."""
+    try:
+        return conn.read_response()
+    except Exception as error:
+        if not _answered(error):
+            raise
+        return error
+
+
+async def _aread(conn: Any) -> Any:
+    """One of several answers, or the error that the server answered."""
+    try:
+        return await conn.read_response()
+    except Exception as error:
+        if not _answered(error):
+            raise
+        return error
+
+
 def _running_loop() -> asyncio.AbstractEventLoop:
     import asyncio
 
@@ -227,6 +265,22 @@ class Loops:
             if error.__cause__ is None or not no_script(error.__cause__):  # type: ignore[arg-type]
                 raise
         return await pool.ask(_packed(_eval_args(request)), writes, self._timeout)
+
+    async def run_all(self, requests: Sequence[Request]) -> list[Any]:
+        """The server's answers to requests that are sent together; for one that fails alone, its error."""
+        pool = await self._pool()
+        packed = b"".join([request.packed() for request in requests])
+        writes = any(request.script.writes for request in requests)
+        answers: list[Any] = await pool.ask(packed, writes, self._timeout, len(requests))
+        for at, answer in enumerate(answers):
+            if isinstance(answer, Exception):
+                answers[at] = failure(answer, False)
+                if no_script(answer):
+                    try:
+                        answers[at] = await self.run(requests[at])
+                    except StoreError as error:
+                        answers[at] = error
+        return answers
 
     async def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
         """A piece of the server's keys, and where the next begins."""
@@ -283,8 +337,8 @@ class _LoopPool:
         self._end = end()
         await anext(self._end)
 
-    async def ask(self, packed: bytes, writes: bool, seconds: float) -> Any:
-        """Send, and wait for the answer; together at most `seconds`."""
+    async def ask(self, packed: bytes, writes: bool, seconds: float, number: int = 0) -> Any:
+        """Send, and wait for the answer, or for a `number` of them; together at most `seconds`."""
         conn: Any = None
         sent = False
         try:
@@ -293,7 +347,7 @@ class _LoopPool:
                     conn = await self._take()
                     sent = True
                     await conn.send_packed_command(packed, check_health=False)
-                    answer = await conn.read_response()
+                    answer = [await _aread(conn) for _ in range(number)] if number else await conn.read_response()
         except BaseException as error:
             if not isinstance(error, Exception):
                 if conn is not None:

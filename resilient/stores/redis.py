@@ -30,6 +30,8 @@ R = TypeVar("R")
 
 _SCHEMES = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey": "redis", "valkeys": "rediss"}
 _Step = tuple[str, Any]
+_TOGETHER = 250
+"""How many keys are looked at in one round trip. None holds up the server: between two of them it serves others."""
 
 
 class RedisStore:
@@ -44,7 +46,8 @@ class RedisStore:
     On a cluster, a prefix with `{braces}` keeps all keys on one node. `timeout` is the number of seconds for a
     connection, and for an answer, after which an operation fails; by a client, the client's own count.
 
-    Results are forgotten by the server when their time is over. Everything else stays until it is purged.
+    Results are forgotten by the server when their time is over. Everything else stays until it is purged. There is no
+    index, which no cluster could keep in step with the keys: `Scan` and `Purge` look at every key, many a round trip.
     """
 
     prefix: str
@@ -118,8 +121,10 @@ class RedisStore:
         while True:
             cursor, keys = yield "scan", (node, cursor, self._match, count)
             count = min(2 * count, 1000)  # the fewer there are among others' keys, the faster it goes through those
-            for data in keys:
-                reply = yield "try", read_one(data, op.text, op.state)
+            replies: list[Any] = []
+            for at in range(0, len(keys), _TOGETHER):
+                replies += yield "all", [read_one(data, op.text, op.state) for data in keys[at : at + _TOGETHER]]
+            for data, reply in zip(keys, replies, strict=True):
                 try:
                     key = data[len(self._prefix) :].decode("utf-8", "surrogatepass")
                     entry = record(key, reply)
@@ -142,10 +147,13 @@ class RedisStore:
             cursor = -1
             while cursor:
                 cursor, keys = yield "scan", (node, max(cursor, 0), self._match, 1000)
-                for data in keys:
+                while keys:
                     if removed >= op.batch:
                         return removed
-                    removed += (yield "try", purge_one(data, op.older_than)) or 0
+                    most = min(_TOGETHER, op.batch - removed)
+                    replies: list[Any] = yield "all", [purge_one(data, op.older_than) for data in keys[:most]]
+                    removed += sum(reply or 0 for reply in replies)
+                    keys = keys[most:]
         return removed
 
 
@@ -172,11 +180,7 @@ class _Threads(RedisStore):
                 elif what == "scan":
                     answer = self._port.scan(*args)
                 else:
-                    try:
-                        answer = self._port.run(args)
-                    except StoreError as error:
-                        answer = None
-                        _pass_over(error)
+                    answer = [_passed_over(one) for one in self._port.run_all(args)]
         except StopIteration as end:
             return end.value
 
@@ -215,11 +219,7 @@ class _Tasks(RedisStore):
                 elif what == "scan":
                     answer = await self._tasks.scan(*args)
                 else:
-                    try:
-                        answer = await self._tasks.run(args)
-                    except StoreError as error:
-                        answer = None
-                        _pass_over(error)
+                    answer = [_passed_over(one) for one in await self._tasks.run_all(args)]
         except StopIteration as end:
             return end.value
 
@@ -310,10 +310,13 @@ def _answer(op: Op[Any], reply: Any) -> Any:
         raise StoreError(f"the server's answer makes no sense: {reply!r:.100}") from error
 
 
-def _pass_over(error: StoreError) -> None:
+def _passed_over(answer: Any) -> Any:
     """Where many keys are looked at, one that holds no record of ours is no reason to stop; other errors are."""
-    if error.maybe_written or not str(error).startswith(("the record is damaged", "the key holds")):
-        raise error
+    if not isinstance(answer, Exception):
+        return answer
+    if not str(answer).startswith(("the record is damaged", "the key holds")):
+        raise answer
+    return None
 
 
 def _split(url: str) -> tuple[str, dict[str, str]]:
