@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import pytest
@@ -215,6 +216,32 @@ def test_an_async_body_is_recovered_too(spy: Spy) -> None:
     assert asyncio.run(place("o", id="o-1")) == "oABC"
     assert log == ["b", "c"]
     assert asyncio.run(place("o", id="o-1")) == "oABC"
+
+
+@pytest.mark.parametrize("id", ["o-1", "1/2", "o" * 255, "ö-1", "{o}-1"])
+def test_any_id_is_a_key_of_its_own(spy: Spy, id: str) -> None:  # noqa: A002
+    place = made(spy)
+    assert place("o", id=id) == place("o", id=id) == "oABC"
+    assert log == ["a", "b", "c"]
+    assert [one.id for one in sagas.list_sagas(spy)] == [id]
+    key = stored_key("order", id)
+    assert key.isascii()
+    assert len(key) <= 120
+    assert not set(key) & set("{}")
+
+
+def test_arguments_reach_the_body_as_they_come_back(spy: Spy) -> None:
+    place = made(spy, typed)
+    assert place(order="o", when=date(2026, 1, 2), id="o-1") == "o date []"
+    assert place("o", None, id="o-2") == "o NoneType []"
+    with pytest.raises(TypeError, match=r"the argument other \(date\) cannot be recorded"):
+        place("o", other=date(2026, 1, 2), id="o-3")
+    for number in range(70):
+        assert place("o", id=f"n-{number}", **{f"name{number}": "x"}) == f"o NoneType ['name{number}']"
+
+
+def typed(saga: Any, order: str, when: date | None = None, **others: Any) -> str:
+    return f"{order} {type(when).__name__} {[*others]}"
 
 
 def test_results_come_back_as_what_they_were(spy: Spy) -> None:
@@ -560,6 +587,48 @@ def test_an_interrupt_while_a_step_is_announced_loses_no_entry(spy: Spy, name: s
     assert [one.failed for one in journal if one.failed is not None] == ["KeyboardInterrupt: "]
     assert [one.undone for one in journal if one.undone] == ([] if name == "Begin" else [[1]])
     assert sagas.show(spy, "o-1").record.state == "aborted"
+
+
+@pytest.mark.parametrize("name", ["Begin", "Append"])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_cancel_while_a_step_is_announced_loses_no_entry(spy: Spy, name: str, written: bool) -> None:
+    place = made(spy, athree)
+    spy.fail(name, 1, written=written, error=asyncio.CancelledError())
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(place("o", id="o-1"))
+    assert log == ([] if name == "Begin" else ["a", "undo a A"])
+    journal = entries(spy, "order", "o-1")
+    assert [one.failed for one in journal if one.failed is not None] == ["CancelledError: "]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_fault_of_the_store_itself_is_shown_as_it_is(spy: Spy, is_async: bool) -> None:
+    place = made(spy, athree if is_async else three)
+    spy.fail("Append", 1, error=ZeroDivisionError())
+    with pytest.raises((ZeroDivisionError, SagaAborted)):
+        asyncio.run(place("o", id="o-1")) if is_async else place("o", id="o-1")
+    assert log == ["a", "undo a A"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_who_hears_by_a_heartbeat_that_the_lease_is_lost_asks_no_more(spy: Spy, is_async: bool) -> None:
+    place = made(spy, alosing if is_async else losing)
+    with pytest.raises(Lost):
+        asyncio.run(place("o", id="o-1")) if is_async else place("o", id="o-1")
+    assert log == ["a"]
+    assert spy.ops == ["History", "Begin"]
+
+
+def losing(saga: Any, order: str) -> None:
+    saga.step(step, "a", compensate=undo)
+    saga._book.beat.lost = True
+    saga.step(step, "b", compensate=undo)
+
+
+async def alosing(saga: Any, order: str) -> None:
+    await saga.step(astep, "a", compensate=aundo)
+    saga._book.beat.lost = True
+    await saga.step(astep, "b", compensate=aundo)
 
 
 def test_an_interrupt_at_the_end_is_raised_and_the_saga_is_done(spy: Spy) -> None:
