@@ -150,7 +150,8 @@ async def retries(saga: Any, run: str) -> None:
 @DurableSaga("siblings", engine=DBOS_ENGINE)
 async def siblings(saga: Any, run: str) -> None:
     await saga.parallel(
-        branch(forever, run, compensate=undo_forever), branch(fails_beside, run, "f", "fail", compensate=undo)
+        branch(forever, run, compensate=undo_forever, name="never ends"),
+        branch(fails_beside, run, "f", "fail", compensate=undo, name="fails"),
     )
 
 
@@ -497,6 +498,10 @@ def test_a_failing_branch_cancels_its_siblings_and_waits_for_them(runner: asynci
             ("undid", "f", "UNKNOWN"),
             ("undid", "forever"),
         ]
+        from dbos import DBOS
+
+        steps = await DBOS.list_workflow_steps_async("siblings/1")
+        assert {"2 fails", "undo 1 never ends", "undo 2 fails"} <= {step["function_name"] for step in steps}
 
     runner.run(run())
 

@@ -368,6 +368,25 @@ def test_a_group_that_fails_ends_the_saga() -> None:
     asyncio.run(run())
 
 
+def test_a_branch_keeps_its_name_and_one_without_has_its_function_s_place() -> None:
+    names: list[tuple[int, str, str]] = []
+
+    async def carry(given: Order) -> Answer:
+        names.append((given.number, given.name, given.function))
+        return await answered(given)
+
+    async def run() -> None:
+        saga = run_of(carry)
+        saga.pivot()
+        await saga.parallel(
+            branch(numbers, 1, compensate=None, name="add up"), branch(numbers, 1, compensate=None), (numbers, 1)
+        )
+
+    asyncio.run(run())
+    place = f"{__name__}:numbers"
+    assert sorted(names) == [(1, "add up", place), (2, place, place), (3, place, place)]
+
+
 # -- the engines -----------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from resilient._drive import adrive, drive
 from resilient._journal import CallForm, call_form, name_of, undoing
 from resilient._journal import result_form as form_of_result
 from resilient._parallel import Nested, in_tasks
-from resilient._run import MISSING, Run
+from resilient._run import MISSING, Branch, Run
 from resilient._settle import NOTHING, apply_async, apply_sync, default_retry, never, settle
 from resilient._undo import Compensation, Undo, backwards
 from resilient.engines._wire import Order, Told, tell
@@ -183,8 +183,9 @@ class AsyncRun(_Orders, AsyncSagaRun):
         """Run several steps beside each other; their values, in order. See `AsyncSagaRun.parallel`."""
         made = self._branches(branches)
         sent: list[tuple[Undo, Any]] = []
-        for undo, function in made:
-            undo.name = ""
+        for (undo, function), one in zip(made, branches, strict=True):
+            # Without a name of its own, it has its function's place, as every step here.
+            undo.name = (one.name or "") if isinstance(one, Branch) else ""
             sent.append(
                 (undo, functools.partial(self._branch, undo, function, self._order(undo, function, None, None)))
             )
