@@ -66,7 +66,7 @@ class Json:
             again = decode(data)
             if (not exact or again.__class__ is not value.__class__) and again != value:
                 raise TypeError(
-                    f"a {type(value).__qualname__} would come back as something else: annotate the return type"
+                    f"a {type(value).__qualname__} would come back as something else: annotate its type"
                 )
             return data
 
