@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from resilient.errors import ResilientError as ResilientError
     from resilient.errors import SagaAborted as SagaAborted
     from resilient.errors import SagaError as SagaError
+    from resilient.errors import SagaLost as SagaLost
     from resilient.errors import SagaStuck as SagaStuck
     from resilient.errors import StoreError as StoreError
     from resilient.events import BreakerChanged as BreakerChanged
@@ -117,6 +118,7 @@ _HOMES = {
         "ResilientError",
         "SagaAborted",
         "SagaError",
+        "SagaLost",
         "SagaStuck",
         "StoreError",
     ),

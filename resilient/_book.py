@@ -29,21 +29,17 @@ from resilient._journal import (
     write,
 )
 from resilient._keeper import Beat
-from resilient.errors import Incompatible, InFlight, SagaError, StoreError
+from resilient.errors import Incompatible, InFlight, SagaError, SagaLost, StoreError
 from resilient.stores._ops import Abandon, Acquired, Append, Begin, Busy, Completed, Finish
 
 if TYPE_CHECKING:
     from resilient._undo import Undo
     from resilient.policy import Env
 
-__all__ = ["Book", "Lost", "label_of", "stored_key"]
+__all__ = ["Book", "label_of", "stored_key"]
 
 TTL = 30 * 86_400.0
 """How long the record of a saga that has ended is kept, in seconds."""
-
-
-class Lost(SagaError):
-    """Another process has taken the saga over: this one must not go on, nor undo anything."""
 
 
 def stored_key(saga: str, id: str) -> str:
@@ -312,7 +308,7 @@ class Book:
     def _gone(self) -> Exception:
         self.lost = True
         if self.fault is None:
-            self.fault = Lost("its lease was over, and another process has it: this one stops", self.saga, self.id)
+            self.fault = SagaLost("its lease was over, and another process has it: this one stops", self.saga, self.id)
             if self.env.sinks:
                 from resilient.events import LeaseLost
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from resilient._book import Lost
 from resilient._drive import Outcome, Program
 from resilient._undo import Undo, backwards, unwind
-from resilient.errors import InFlight, SagaAborted, SagaError, SagaStuck, StoreError
+from resilient.errors import InFlight, SagaAborted, SagaError, SagaLost, SagaStuck, StoreError
 
 if TYPE_CHECKING:
     from resilient._book import Book
@@ -92,7 +91,7 @@ def _settle(
     saga: Saga, run: Run, book: Book | None, error: BaseException | None, guarded: Callable[..., Any], ok: bytes | None
 ) -> Program:
     if book is not None:
-        if book.lost or isinstance(error, Lost):
+        if book.lost or isinstance(error, SagaLost):
             # Somebody else has it, or the store is gone: whatever there is to do, the journal says it to whoever comes.
             yield from book.close()
             return Outcome(None, book.fault if error is None else error)

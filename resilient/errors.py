@@ -15,6 +15,7 @@
     ├─ SagaError
     │  ├─ Incompatible              its journal is of another version, or its body departs from it
     │  ├─ SagaAborted               failed, and every compensation is done; `__cause__` is the step's error
+    │  ├─ SagaLost                  another process has taken it over; here nothing more was run or undone
     │  └─ SagaStuck                 an ExceptionGroup: a compensation failed for good; a person is needed
     └─ StoreError                   the store could not answer (and whether the write may have happened)
 
@@ -47,6 +48,7 @@ __all__ = [
     "ResilientError",
     "SagaAborted",
     "SagaError",
+    "SagaLost",
     "SagaStuck",
     "StoreError",
 ]
@@ -216,6 +218,15 @@ class Incompatible(SagaError):
 
 class SagaAborted(SagaError):
     """A step failed, and everything that was done is undone. `__cause__` is the error of the step."""
+
+
+class SagaLost(SagaError):
+    """Another process has taken the saga over, since the lease of this one was over: it may have stood still so long.
+
+    This one stopped where it was: it ran nothing more and undid nothing. How the saga ends, the other one decides; a
+    call of a durable saga with the same id waits for that end. What a step did meanwhile may be done twice, with one
+    `step_key`.
+    """
 
 
 class SagaStuck(SagaError, ExceptionGroup[Exception]):

@@ -192,7 +192,7 @@ class Worker:
             here.ledger.add("aborted", name)
         except (SagaError, IdempotencyError) as error:
             # A block is for one process; or this one has lost its lease.
-            here.ledger.add("lost" if type(error).__name__ == "Lost" else "refused", name)
+            here.ledger.add("lost" if type(error).__name__ == "SagaLost" else "refused", name)
         here.step("its answer")
 
     async def _async(self, name: str, fails: int) -> str:

@@ -22,6 +22,7 @@ from resilient import (
     Saga,
     SagaAborted,
     SagaError,
+    SagaLost,
     SagaStuck,
     StoreError,
     call,
@@ -29,7 +30,7 @@ from resilient import (
     sagas,
 )
 from resilient._ambient import deadline
-from resilient._book import Lost, stored_key
+from resilient._book import stored_key
 from resilient._drive import Outcome
 from resilient._keeper import Beat, ThreadKeeper
 from resilient._run import Run
@@ -416,7 +417,7 @@ def test_a_lost_lease_stops_the_old_owner_who_undoes_nothing(spy: Spy) -> None:
         assert place("o", id="o-1") == "oABC"
 
     hooks["b"] = stolen
-    with pytest.raises(Lost):
+    with pytest.raises(SagaLost):
         place("o", id="o-1")
     assert log == ["a", "b", "b", "c"]
     assert place("o", id="o-1") == "oABC"
@@ -440,7 +441,7 @@ def test_a_body_that_swallows_the_loss_has_lost_all_the_same(spy: Spy) -> None:
         place("o", id="o-1")
 
     hooks["a"] = stolen
-    with pytest.raises(Lost):
+    with pytest.raises(SagaLost):
         place("o", id="o-1")
     assert log == ["a", "a", "b", "c", "swallowed", "swallowed"]
 
@@ -455,7 +456,7 @@ def test_an_old_owner_that_undoes_is_stopped_by_the_fence(spy: Spy) -> None:
         sagas.recover(spy, retries=RETRIES)
 
     hooks["undo b"] = stolen
-    with pytest.raises(Lost) as caught:
+    with pytest.raises(SagaLost) as caught:
         place("o", id="o-1")
     assert "recovery will go on" in caught.value.__notes__[0]
     # The one that was in hand came to its end; no other one was begun.
@@ -613,7 +614,7 @@ def test_a_fault_of_the_store_itself_is_shown_as_it_is(spy: Spy, is_async: bool)
 @pytest.mark.parametrize("is_async", [False, True])
 def test_who_hears_by_a_heartbeat_that_the_lease_is_lost_asks_no_more(spy: Spy, is_async: bool) -> None:
     place = made(spy, alosing if is_async else losing)
-    with pytest.raises(Lost):
+    with pytest.raises(SagaLost):
         asyncio.run(place("o", id="o-1")) if is_async else place("o", id="o-1")
     assert log == ["a"]
     assert spy.ops == ["History", "Begin"]

@@ -97,7 +97,7 @@ class TestAnOwnerThatIsStoppedAndWakesLate:
             orphan(store, name)
             stop_child.bodies(store)
             assert sagas.recover(store).finished == [f"{name}/o-1"]
-            assert go_on() == {"error": "Lost"}
+            assert go_on() == {"error": "SagaLost"}
         assert sagas.show(store, "o-1", name=name).record.state == "done"
         # The late one has run nothing more, and undone nothing.
         assert second.read_text().splitlines() == [
@@ -115,7 +115,7 @@ class TestAnOwnerThatIsStoppedAndWakesLate:
             orphan(store, name)
             stop_child.bodies(store)
             assert sagas.recover(store).compensated == [f"{name}/o-1"]
-            assert go_on() == {"error": "Lost"}
+            assert go_on() == {"error": "SagaLost"}
         assert sagas.show(store, "o-1", name=name).record.state == "aborted"
         assert second.read_text().splitlines() == [
             *("first act-1", "first act-2", "first act-3", "first unact-3"),
@@ -147,7 +147,7 @@ def test_two_recoverers_at_once_undo_once(
             thread.join()
         assert sorted(len(report.compensated) for report in reports) == [0, 1]
         assert [(report.stuck, report.left) for report in reports] == [([], {}), ([], {})]
-        assert go_on() == {"error": "Lost"}
+        assert go_on() == {"error": "SagaLost"}
     lines = [line.split()[1] for line in second.read_text().splitlines() if line.startswith("second")]
     assert lines == ["unact-3", "unact-2", "unact-1"]
     for store in both:

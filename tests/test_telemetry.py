@@ -27,13 +27,13 @@ from resilient import (
     SagaAborted,
     SagaEnded,
     SagaError,
+    SagaLost,
     SagaStuck,
     StepDone,
     StoreError,
     branch,
     sagas,
 )
-from resilient._book import Lost
 from resilient.engines._perform import perform_sync
 from resilient.engines._wire import Order
 from resilient.telemetry import SagaMetrics
@@ -311,7 +311,7 @@ def test_a_lost_lease_is_told_once(world: World, spy: Spy) -> None:
         place("o", id="o-1")
 
     hooks["a"] = stolen
-    with pytest.raises(Lost):
+    with pytest.raises(SagaLost):
         place("o", id="o-1")
     assert log.count("swallowed") == 2
     assert world.count("lease_lost") == {("order",): 1}
@@ -322,7 +322,7 @@ def test_a_lost_lease_is_told_once(world: World, spy: Spy) -> None:
 
 
 def test_a_lease_that_is_lost_at_the_end(spy: Spy, world: World) -> None:
-    with pytest.raises(Lost), Saga("order", id="o-1", store=spy, env=world.env) as saga:
+    with pytest.raises(SagaLost), Saga("order", id="o-1", store=spy, env=world.env) as saga:
         saga.step(step, "a", compensate=undo)
         orphaned(spy)
         sagas.recover(spy)
@@ -331,7 +331,7 @@ def test_a_lease_that_is_lost_at_the_end(spy: Spy, world: World) -> None:
 
 
 def test_a_lost_lease_costs_nothing_where_nobody_listens(spy: Spy) -> None:
-    with pytest.raises(Lost), Saga("order", id="o-1", store=spy) as saga:
+    with pytest.raises(SagaLost), Saga("order", id="o-1", store=spy) as saga:
         saga.step(step, "a", compensate=undo)
         orphaned(spy)
         sagas.recover(spy)
