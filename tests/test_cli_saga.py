@@ -283,6 +283,38 @@ def test_a_worker_ends_after_the_saga_in_hand(spy: Spy, capsys: Out, monkeypatch
     assert log == ["undo b UNKNOWN", "undo a A"]
 
 
+def test_a_worker_ends_after_the_sagas_in_hand(spy: Spy, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("o-1", "o-2", "o-3", "o-4"):
+        block(spy, name)
+    both, heard, ring = threading.Barrier(2), threading.Event(), _cli_worker.Bell._ring
+
+    def hear(self: Any, number: int, frame: object) -> None:
+        ring(self, number, frame)
+        heard.set()
+
+    def undoing() -> None:
+        if both.wait(30.0) == 0:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        assert heard.wait(30.0)
+
+    monkeypatch.setattr(_cli_worker.Bell, "_ring", hear)
+    hooks["undo b"] = undoing
+    assert run("worker", "memory://", "tests.test_sagas", "--concurrency", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ", 1)[1][:12] for line in lines] == ["undone  bloc", "undone  bloc", "ended by sig"]
+
+
+def test_how_many_at_a_time_is_a_number_from_1_on(spy: Spy, capsys: Out) -> None:
+    for name in ("o-1", "o-2", "o-3"):
+        block(spy, name)
+    for words in (("recover",), ("worker", "memory://", "json")):
+        assert run(*words, "--concurrency", "0") == 2
+        assert "must be a number from 1 on" in capsys.readouterr().err
+    assert spy.ops == []
+    assert run("recover", "--module", "tests.test_sagas", "--concurrency", "3") == 0
+    assert "0 finished, 3 undone, 0 stuck" in capsys.readouterr().out
+
+
 def test_a_second_signal_does_what_it_does_otherwise(spy: Spy) -> None:
     block(spy, "o-1")
 

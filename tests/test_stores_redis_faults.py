@@ -750,6 +750,23 @@ def test_a_server_that_forgot_its_scripts_is_told_them_where_many_keys_are_looke
     assert beside.exists(f"{world.store.prefix}else")
 
 
+@pytest.mark.parametrize("task", [False, True])
+def test_a_refusal_ends_the_look_at_many_keys(redis_url: str, beside: redis.Redis, task: bool) -> None:
+    store = RedisStore(redis_url, prefix=prefix())
+    store.execute(Claim("k", "o", 30.0))
+    name = f"reader{task}"
+    beside.acl_setuser(name, enabled=True, nopass=True, commands=["+@all"], keys=["none"])
+    barred = RedisStore(redis_url.replace("redis://", f"redis://{name}:x@"), prefix=store.prefix)
+    try:
+        with pytest.raises(StoreError, match="Redis refused") as caught:
+            asyncio.run(barred.aexecute(Scan())) if task else barred.execute(Scan())
+        assert not caught.value.maybe_written
+    finally:
+        barred.close()
+        store.close()
+        beside.acl_deluser(name)
+
+
 def test_many_keys_are_looked_at_in_few_round_trips(world: World, proxy: FaultProxy, beside: redis.Redis) -> None:
     for n in range(300):
         beside.hset(f"{world.store.prefix}k{n}", mapping={"v": "9"})

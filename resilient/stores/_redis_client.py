@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from resilient.errors import StoreError
-from resilient.stores._redis_wire import failure, no_script
+from resilient.stores._redis_wire import failure, no_script, unknowns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +41,20 @@ class Client:
 
     def run_all(self, requests: Sequence[Request]) -> list[Any]:
         """The server's answers to requests that are sent together; for one that fails alone, its error."""
+        answers = self._together(requests)
+        while unknown := unknowns(answers):
+            # One alone brings the script along, for the others.
+            first, *rest = unknown
+            try:
+                answers[first] = self.run(requests[first])
+            except StoreError as error:
+                answers[first] = error
+            if rest:
+                for at, answer in zip(rest, self._together([requests[at] for at in rest]), strict=True):
+                    answers[at] = answer
+        return [_blamed(one, False, self._sure) if isinstance(one, Exception) else one for one in answers]
+
+    def _together(self, requests: Sequence[Request]) -> list[Any]:
         try:
             pipeline = self._client.pipeline(transaction=False)
             for script, key, args in requests:
@@ -48,14 +62,6 @@ class Client:
             answers: list[Any] = pipeline.execute(raise_on_error=False)
         except Exception as error:
             raise _blamed(error, any(request.script.writes for request in requests), self._sure) from error
-        for at, answer in enumerate(answers):
-            if isinstance(answer, Exception):
-                answers[at] = _blamed(answer, False, self._sure)
-                if no_script(answer):
-                    try:
-                        answers[at] = self.run(requests[at])
-                    except StoreError as error:
-                        answers[at] = error
         return answers
 
     def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
@@ -102,6 +108,20 @@ class TaskClient:
 
     async def run_all(self, requests: Sequence[Request]) -> list[Any]:
         """The server's answers to requests that are sent together; for one that fails alone, its error."""
+        answers = await self._together(requests)
+        while unknown := unknowns(answers):
+            # One alone brings the script along, for the others.
+            first, *rest = unknown
+            try:
+                answers[first] = await self.run(requests[first])
+            except StoreError as error:
+                answers[first] = error
+            if rest:
+                for at, answer in zip(rest, await self._together([requests[at] for at in rest]), strict=True):
+                    answers[at] = answer
+        return [_blamed(one, False, self._sure) if isinstance(one, Exception) else one for one in answers]
+
+    async def _together(self, requests: Sequence[Request]) -> list[Any]:
         try:
             pipeline = self._client.pipeline(transaction=False)
             for script, key, args in requests:
@@ -109,14 +129,6 @@ class TaskClient:
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
         except Exception as error:
             raise _blamed(error, any(request.script.writes for request in requests), self._sure) from error
-        for at, answer in enumerate(answers):
-            if isinstance(answer, Exception):
-                answers[at] = _blamed(answer, False, self._sure)
-                if no_script(answer):
-                    try:
-                        answers[at] = await self.run(requests[at])
-                    except StoreError as error:
-                        answers[at] = error
         return answers
 
     async def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:

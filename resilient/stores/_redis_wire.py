@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from resilient.stores._lua import Request
 
-__all__ = ["Loops", "Pool", "TaskPort", "ThreadPort", "failure", "no_script"]
+__all__ = ["Loops", "Pool", "TaskPort", "ThreadPort", "failure", "no_script", "unknowns"]
 
 # What the server answers before it carries anything out, though clients take some of it for a broken connection.
 _ANSWERS = frozenset({"ResponseError", "AuthenticationError", "AuthorizationError", "BusyLoadingError", "DataError"})
@@ -78,6 +78,11 @@ def no_script(error: Exception) -> bool:
     return type(error).__name__ == "NoScriptError" or str(error).startswith("NOSCRIPT")
 
 
+def unknowns(answers: Sequence[Any]) -> list[int]:
+    """Where the server did not know the script."""
+    return [at for at, one in enumerate(answers) if isinstance(one, Exception) and no_script(one)]
+
+
 def _packed(args: Iterable[bytes]) -> bytes:
     parts = [b"$%d\r\n%b\r\n" % (len(each), each) for each in args]
     return b"*%d\r\n%b" % (len(parts), b"".join(parts))
@@ -119,16 +124,22 @@ class Pool:
 
     def run_all(self, requests: Sequence[Request]) -> list[Any]:
         """The server's answers to requests that are sent together; for one that fails alone, its error."""
+        answers = self._together(requests)
+        while unknown := unknowns(answers):
+            # One alone brings the script along, for the others.
+            first, *rest = unknown
+            try:
+                answers[first] = self.run(requests[first])
+            except StoreError as error:
+                answers[first] = error
+            if rest:
+                for at, answer in zip(rest, self._together([requests[at] for at in rest]), strict=True):
+                    answers[at] = answer
+        return [failure(one, False) if isinstance(one, Exception) else one for one in answers]
+
+    def _together(self, requests: Sequence[Request]) -> list[Any]:
         packed = b"".join([request.packed() for request in requests])
         answers: list[Any] = self._ask(packed, any(request.script.writes for request in requests), len(requests))
-        for at, answer in enumerate(answers):
-            if isinstance(answer, Exception):
-                answers[at] = failure(answer, False)
-                if no_script(answer):
-                    try:
-                        answers[at] = self.run(requests[at])
-                    except StoreError as error:
-                        answers[at] = error
         return answers
 
     def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
@@ -268,18 +279,24 @@ class Loops:
 
     async def run_all(self, requests: Sequence[Request]) -> list[Any]:
         """The server's answers to requests that are sent together; for one that fails alone, its error."""
+        answers = await self._together(requests)
+        while unknown := unknowns(answers):
+            # One alone brings the script along, for the others.
+            first, *rest = unknown
+            try:
+                answers[first] = await self.run(requests[first])
+            except StoreError as error:
+                answers[first] = error
+            if rest:
+                for at, answer in zip(rest, await self._together([requests[at] for at in rest]), strict=True):
+                    answers[at] = answer
+        return [failure(one, False) if isinstance(one, Exception) else one for one in answers]
+
+    async def _together(self, requests: Sequence[Request]) -> list[Any]:
         pool = await self._pool()
         packed = b"".join([request.packed() for request in requests])
         writes = any(request.script.writes for request in requests)
         answers: list[Any] = await pool.ask(packed, writes, self._timeout, len(requests))
-        for at, answer in enumerate(answers):
-            if isinstance(answer, Exception):
-                answers[at] = failure(answer, False)
-                if no_script(answer):
-                    try:
-                        answers[at] = await self.run(requests[at])
-                    except StoreError as error:
-                        answers[at] = error
         return answers
 
     async def scan(self, node: str, cursor: int, match: bytes, count: int) -> tuple[int, list[bytes]]:
