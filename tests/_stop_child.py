@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from typing import Any
 
@@ -23,6 +25,8 @@ LEASE = 0.3
 
 def _work() -> str:
     print("began", flush=True)
+    # By itself, at once: later it might be in the middle of a heartbeat, with the lock of a file in its hands.
+    os.kill(os.getpid(), signal.SIGSTOP)
     sys.stdin.readline()
     return "by the first"
 

@@ -49,8 +49,7 @@ def stopped(url: str, in_doubt: str, how: str) -> Iterator[Callable[[], dict[str
         assert child.stdout is not None
         try:
             assert child.stdout.readline() == "began\n"
-            child.send_signal(signal.SIGSTOP)
-            os.waitpid(child.pid, os.WUNTRACED)
+            os.waitpid(child.pid, os.WUNTRACED)  # it has stopped itself
 
             def go_on() -> dict[str, Any]:
                 assert child.stdin is not None
