@@ -16,7 +16,7 @@ from resilient import Retry, _threads, durable, sagas
 from resilient._cli_saga import HANDS as CLI_HANDS
 from resilient._recovery import HANDS, Recoverer, _Shift
 from tests._saga_worlds import Spy, alone
-from tests.test_durable import aundo, died, hooks, log, made, step
+from tests.test_durable import athree, aundo, died, hooks, log, made, step
 from tests.test_sagas import block
 
 RETRIES = Retry(Exception, attempts=2, wait=0, name="compensation")
@@ -41,10 +41,10 @@ def spy() -> Spy:
     return Spy()
 
 
-def blocks(spy: Spy, number: int, **more: Any) -> set[str]:
+def blocks(spy: Spy, number: int) -> set[str]:
     names = [f"o-{n}" for n in range(number)]
     for name in names:
-        block(spy, name, **more)
+        block(spy, name)
     return {f"block/{name}" for name in names}
 
 
@@ -134,9 +134,11 @@ def test_under_a_loop_it_is_one_at_a_time(spy: Spy) -> None:
 
 
 def test_async_functions_run_in_loops_of_their_own_beside_each_other(spy: Spy) -> None:
-    names = blocks(spy, 4, is_async=True)
-    crowd = hooks["undo b"] = Crowd(2)
-    assert set(recover(spy, concurrency=2).compensated) == names
+    place = made(spy, athree)
+    for n in range(4):
+        died(spy, place, "b", name=f"o-{n}")
+    crowd = hooks["c"] = Crowd(2)
+    assert set(recover(spy, concurrency=2).finished) == {f"order/o-{n}" for n in range(4)}
     assert crowd.peak == 2
 
 
