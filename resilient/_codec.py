@@ -65,9 +65,7 @@ class Json:
                 return data
             again = decode(data)
             if (not exact or again.__class__ is not value.__class__) and again != value:
-                raise TypeError(
-                    f"a {type(value).__qualname__} would come back as something else: annotate its type"
-                )
+                raise TypeError(f"a {type(value).__qualname__} would come back as something else: annotate its type")
             return data
 
         return encoded, decode
