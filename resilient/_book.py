@@ -7,10 +7,11 @@ seconds, which is harmless; then the saga stops where it is, for another process
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
+from msgspec.json import decode
 
 from resilient._binding import digest
 from resilient._drive import Cut, Last, Settle, Sleep
@@ -19,7 +20,10 @@ from resilient._journal import (
     Entry,
     Head,
     Step,
+    Undoing,
+    call_form,
     called_by,
+    found,
     name_of,
     read,
     result_form,
@@ -74,6 +78,8 @@ class Book:
     ) -> None:
         self.store, self.env, self.saga, self.id, self.version = store, env, saga, id, version
         self.lease, self.keeper, self.body = lease, keeper, body
+        # Whether two texts of a body's arguments say the same call.
+        self.alike: Callable[[Raw, Raw], bool] = _equal
         self.beat = Beat(id, stored_key(saga, id))
         self.fresh()
 
@@ -126,7 +132,7 @@ class Book:
                 return head
         raise StoreError(f"the journal of saga {self.saga} ({self.id}) does not begin as this version of it would")
 
-    def recorded(self, number: int, name: str, undo: Undo | None, forward: bool) -> Step | None:
+    def recorded(self, number: int, name: str, undo: Undo | None, forward: bool, function: Any = None) -> Step | None:
         """The step that stands at this place of the journal, if one does. An error if it is another one."""
         step = self.steps.get(number)
         if step is None and self.departed is None:
@@ -135,9 +141,22 @@ class Book:
         was = "" if step is None or step.undo is None else step.undo.function
         if step is not None and (step.name, was, step.forward) != (name, now, forward):
             self.depart(f"step {number} was {_said(step.name, was, step.forward)}, and is {_said(name, now, forward)}")
+        if step is not None and number not in self.results and self.departed is None:
+            # It is run once more: by arguments that are not what its compensation will get, it would be another step.
+            told = None if undo is None or undo.compensate is None else undoing(undo, function)
+            if told is not None and not self._same(step, told):
+                self.depart(f"step {number} ({name}) had other arguments when it began")
         if self.departed is not None:
             raise self.departed
         return step
+
+    @staticmethod
+    def _same(step: Step, told: Undoing) -> bool:
+        was = step.undo
+        if was is None or (was.args, was.kwargs) == (told.args, told.kwargs):
+            return True
+        form = call_form(found(was.function), was.function)
+        return form.read(was.args, was.kwargs) == form.read(told.args, told.kwargs)
 
     def depart(self, how: str) -> Incompatible:
         """The body is not the one that wrote this journal: nothing more is run, nothing undone."""
@@ -330,6 +349,10 @@ class Book:
         if type(reply) is Completed:
             return SagaError("it has ended already: an id is for one saga", self.saga, self.id)
         return SagaError("it was left unfinished by another process: recover it", self.saga, self.id)
+
+
+def _equal(one: Raw, other: Raw) -> bool:
+    return bool(decode(one) == decode(other))
 
 
 def _said(name: str, undo: str, forward: bool) -> str:

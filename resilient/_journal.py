@@ -12,6 +12,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -117,14 +118,18 @@ def vouch_for(module: str) -> None:
 
 
 def module_of(function: Any) -> str:
-    """The module under which other processes find a function: that of `python -m shop` is `shop`, not `__main__`."""
+    """The module under which other processes find a function: that of `python -m shop`, or of `python shop.py`, is
+    `shop` and not `__main__`.
+    """
     module = str(getattr(function, "__module__", None))
     return (_main() or module) if module == "__main__" else module
 
 
 def _main() -> str:
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return "" if spec is None else str(spec.name)
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    # A script has no module's name, but other processes may import its file.
+    return Path(getattr(main, "__file__", None) or "").stem if spec is None else str(spec.name)
 
 
 def name_of(function: Any, what: str) -> str:
@@ -254,6 +259,22 @@ class CallForm:
         if len(self._fitting) < 64:
             self._fitting.add(shape)
 
+    def alike(self, one: Raw, other: Raw) -> bool:
+        """Whether two texts of arguments say the same call: the way they are passed, and defaults, do not count."""
+        first, second = msgspec.json.decode(one), msgspec.json.decode(other)
+        if first == second:
+            return True
+        try:
+            return self._bound(one) == self._bound(other)
+        except (StoreError, msgspec.MsgspecError):
+            return False
+
+    def _bound(self, data: Raw) -> dict[str, Any]:
+        args, kwargs = self.read(*msgspec.json.decode(data, type=tuple[Raw, Raw]))
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
     def read(
         self, args: Raw, kwargs: Raw, results: list[int | str] | tuple[()] = (), value: Any = None
     ) -> tuple[list[Any], dict[str, Any]]:
@@ -329,6 +350,8 @@ def undoing(undo: Undo, of: Any = None) -> Undoing:
     """What to write of a compensation. `TypeError` for what cannot be recorded. `of` is the step's function."""
     given = undo.compensate
     function = called_by(undo)
+    if isinstance(function, type):
+        raise TypeError(f"the compensation {function!r} cannot be recorded: only functions can, and it is a class")
     name = name_of(function, "the compensation")
     form = call_form(function, name)
     if type(given) is Compensation:

@@ -39,7 +39,7 @@ def announcing(run: Run, made: list[tuple[Undo, Any]]) -> list[Any]:
         undo.name = undo.name or name_of(function, "the step")
         result_form(function, undo.name)
         undoing = None if undo.compensate is None else undo
-        if book.recorded(undo.number, undo.name, undo, run._forward) is None:
+        if book.recorded(undo.number, undo.name, undo, run._forward, function) is None:
             todo.append(book.step(undo.number, undo.name, undoing, group, False, run._forward, function))
     return todo
 
@@ -52,12 +52,16 @@ def had(book: Book | None, undo: Undo, function: Any) -> bool:
     return True
 
 
-def values(run: Run, made: list[tuple[Undo, Any]]) -> None:
-    """Note the values that came, for the journal."""
-    if run._book is not None:
-        for undo, function in made:
-            if undo.value is not UNKNOWN and undo.number not in run._book.results:
+def values(run: Run, made: list[tuple[Undo, Any]], outcomes: list[Outcome]) -> None:
+    """Note the values that came, for the journal. One that cannot be kept is an error of its branch."""
+    if run._book is None:
+        return
+    for (undo, function), outcome in zip(made, outcomes, strict=False):
+        if undo.value is not UNKNOWN:
+            try:
                 run._book.pending[undo.number] = Raw(result_form(function, undo.name).keep(undo.value))
+            except Exception as error:
+                outcome.error = error
 
 
 def in_threads(run: Run, made: list[tuple[Undo, Any]]) -> list[Outcome]:
@@ -124,11 +128,11 @@ async def in_tasks(run: AsyncSagaRun, made: list[tuple[Undo, Any]]) -> list[Outc
     try:
         await together(calls)
     except BaseException as error:
+        values(run, made, outcomes)
         for outcome in outcomes:
             outcome.error = None  # or it would be a reference cycle
         if run._book is not None:
             run._failed = error
-        values(run, made)
         raise
     return outcomes
 
@@ -149,24 +153,34 @@ class Nested:
         return run
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        run, mine = self._run, self._leave()
+        run, given = self._run, error
+        if run._active:
+            error = run._rest(error)
+        mine = self._leave()
         if error is None or not self._alone(error):
             run._stack.append(mine)
-            return
-        undoing = run._saga._undoer()
-        drive(self._undone(mine, error, undoing), NOTHING, run._env, never, (), {}).reraise(error)
+        else:
+            undoing = run._saga._undoer()
+            drive(self._undone(mine, error, undoing), NOTHING, run._env, never, (), {}).reraise(error)
+        if error is not None and error is not given:
+            raise error
 
     async def __aenter__(self) -> AsyncSagaRun:
         run: AsyncSagaRun = self._enter(True)
         return run
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        run, mine = self._run, self._leave()
+        run, given = self._run, error
+        if run._active and not isinstance(error, GeneratorExit):
+            error = await run._arest(error)
+        mine = self._leave()
         if error is None or not self._alone(error):
             run._stack.append(mine)
-            return
-        undoing = run._saga._aundoer()
-        await run._saga._carried(self._undone(mine, error, undoing), NOTHING, undoing, error, run.id)
+        else:
+            undoing = run._saga._aundoer()
+            await run._saga._carried(self._undone(mine, error, undoing), NOTHING, undoing, error, run.id)
+        if error is not None and error is not given:
+            raise error
 
     def _enter(self, is_async: bool) -> Any:
         run = self._run

@@ -16,7 +16,9 @@ from msgspec import Struct
 from resilient._drive import Outcome, Program
 from resilient._guard import kind_of
 from resilient._keeper import TaskKeeper, ThreadKeeper
-from resilient._undo import Compensation, Undo, check, step_key
+from resilient._park import ThreadWaiter, task_waiter
+from resilient._undo import Compensation, Undo, check, plain, step_key
+from resilient.clock import SystemClock
 from resilient.errors import CallTimeout, DeadlineExceeded, SagaError
 from resilient.policy import seconds
 
@@ -81,8 +83,9 @@ class Run:
     _until: float | None = None
     _span = 0.0
     _forward = _over = False
-    # The number of the step that runs, and of the last one.
+    # The number of the step that runs, and of the last one; who waits at the end for a step that still runs.
     _active = _number = 0
+    _resting: Any = None
     # Only where there is a journal, which allows no step after it.
     _failed: BaseException | None = None
     # When it began, if somebody listens.
@@ -156,6 +159,49 @@ class Run:
                 "branches of saga.parallel, and what a step does inside is a part of it, or a saga of its own"
             )
 
+    def _idle(self) -> None:
+        """No step runs any more."""
+        self._active = 0
+        if self._resting is not None:
+            self._resting.notify()
+
+    def _went_on(self) -> RuntimeError:
+        return RuntimeError(
+            f"saga {self._saga.name} ended while its step {self._active} still ran: await, or join, whatever you begin"
+        )
+
+    def _rest(self, error: BaseException | None) -> BaseException:
+        """Wait for a step that runs in another thread: nothing is undone while it runs. The error of the block."""
+        error = self._went_on() if error is None else error
+        self._resting = waiter = ThreadWaiter()
+        try:
+            if self._active:
+                waiter.park(SystemClock(), self._saga.grace)
+        except BaseException as cut:
+            return cut
+        return error
+
+    async def _arest(self, error: BaseException | None) -> BaseException:
+        """Wait for a step that runs in another task. Cancelled meanwhile, it waits some seconds more, and stays so."""
+        error = self._went_on() if error is None else error
+        self._resting = waiter = task_waiter()
+        try:
+            if self._active:
+                await waiter.apark(SystemClock(), self._saga.grace)
+        except GeneratorExit:
+            raise
+        except BaseException as cut:
+            from resilient._aio import shielded
+
+            error = cut
+            self._resting = waiter = task_waiter()
+            if self._active:
+                try:
+                    await shielded(waiter.apark, SystemClock(), None)
+                except TimeoutError:
+                    pass
+        return error
+
     def _late(self) -> None:
         if self._until is not None and self._env.clock.now() >= self._until:
             raise DeadlineExceeded(self._saga.name)
@@ -179,6 +225,8 @@ class Run:
                 beside = cast(Any, one)
                 function = beside.function
                 self._check(function, beside.compensate, "before")
+                if beside.compensate is not None and not self._is_async:
+                    plain(beside.compensate)
                 undo = Undo(0, beside.name or "", beside.compensate, beside.args, beside.kwargs)
             else:
                 parts: tuple[Any, ...] = tuple(cast(Any, one)) if isinstance(one, tuple) else (one,)

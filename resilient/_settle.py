@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from resilient._drive import Outcome, Program
-from resilient._undo import Undo, backwards, unwind
+from resilient._undo import Undo, Undoing, backwards, unwind
 from resilient.errors import InFlight, SagaAborted, SagaError, SagaLost, SagaStuck, StoreError
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def _settle(
         if book is not None:
             if book.body is None and book.begun:
                 yield from book.relabel("stuck", stuck=[f"{error!r}, which compensate_on does not name"])
+            elif book.pending:
+                yield from book.note()
             yield from book.leave()
         return Outcome(None, error)
     undos = backwards(run._stack)
@@ -125,11 +127,13 @@ def _settle(
 def _pivoted(saga: Saga, run: Run, book: Book | None, error: BaseException) -> Program:
     """It failed where there is no way back."""
     if book is not None and book.body is not None:
+        if book.begun and (book.pending or not book.forward):
+            yield from book.note(pivot=True)
         yield from book.leave()
         error.add_note(f"resilient: saga {saga.name} ({run.id}) failed after its pivot: recovery will go forward")
         return Outcome(None, error)
     if book is not None:
-        yield from book.relabel("stuck", stuck=[f"failed after its pivot: {error!r}"])
+        yield from book.relabel("stuck", stuck=[f"failed after its pivot: {error!r}"], pivot=True)
         yield from book.leave()
     else:
         ended(saga, run, "stuck")
@@ -150,7 +154,7 @@ def rollback(saga: Saga, run: Run, error: BaseException, undos: list[Undo], guar
     errors, cut = yield from unwind(saga.name, run.id, undos, guarded, saga.env, note)
     if book is not None:
         if errors:
-            yield from book.relabel("stuck", stuck=[repr(one) for one in errors])
+            yield from book.relabel("stuck", stuck=_said(guarded, errors))
             yield from book.leave()
         elif book.begun:
             yield from book.finish("aborted", None, book.failed or text)
@@ -170,6 +174,12 @@ def rollback(saga: Saga, run: Run, error: BaseException, undos: list[Undo], guar
         for one in errors:
             aborted.add_note(f"resilient: a compensation failed for good: {one!r}")
     return Outcome(None, aborted)
+
+
+def _said(guarded: Callable[..., Any], errors: list[Exception]) -> list[str]:
+    """What could not be undone, for people who read it later."""
+    names = [undo.name for undo in guarded.failed] if isinstance(guarded, Undoing) else []
+    return [f"the compensation of {name} failed: {error!r}" for name, error in zip(names, errors, strict=True)]
 
 
 def _noting(book: Book) -> Callable[[Undo, BaseException | None], Generator[Any, Any, None]]:

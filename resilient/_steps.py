@@ -17,7 +17,7 @@ from resilient._journal import name_of, result_form
 from resilient._parallel import Nested, announcing, had, in_tasks, in_threads, values
 from resilient._run import MISSING, Run, guarded, one, title, unawaited
 from resilient._settle import apply_async, never
-from resilient._undo import Compensation, Undo, check
+from resilient._undo import Compensation, Undo, check, plain
 from resilient.errors import StoreError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class SagaRun(Run):
         if compensate is not None:
             if type(compensate) is not Compensation:
                 check(compensate)
+            plain(compensate)
             undo = Undo(0, named, compensate, args, kwargs)
         if self._book is not None or self._env.sinks:
             # A name that was not given is another one in a journal.
@@ -88,6 +89,8 @@ class SagaRun(Run):
                 raise unawaited(function, value)
         finally:
             self._active = 0
+            if self._resting is not None:
+                self._resting.notify()
         if undo is not None:
             undo.value = value
             if register == "after":
@@ -101,7 +104,7 @@ class SagaRun(Run):
             place = name_of(function, "the step")
             undo.name = undo.name or place
             form = result_form(function, place)
-            if book.recorded(number, undo.name, undo, self._forward) is not None and number in book.results:
+            if book.recorded(number, undo.name, undo, self._forward, function) is not None and number in book.results:
                 self._number = number
                 undo.value = book.value(number, function, undo.name)
                 if undo.compensate is not None:
@@ -110,7 +113,15 @@ class SagaRun(Run):
             if number not in book.steps:
                 undoing = None if undo.compensate is None else undo
                 step = book.step(number, undo.name, undoing, 0, register == "after", self._forward, function)
-                self._announce(book, step)
+                # From here on: another step, begun while this one is written, would be taken for it.
+                self._active = number
+                try:
+                    self._announce(book, step)
+                    if self._over:
+                        raise self._went_on()
+                except BaseException:
+                    self._idle()
+                    raise
         self._number = self._active = number
         if undo.compensate is not None and register == "before":
             self._stack.append(undo)
@@ -128,6 +139,8 @@ class SagaRun(Run):
             raise
         finally:
             self._active = 0
+            if self._resting is not None:
+                self._resting.notify()
         if undo.compensate is not None and register == "after":
             self._stack.append(undo)
         self._told(undo.name, None)
@@ -159,16 +172,18 @@ class SagaRun(Run):
         self._late()
         made = self._branches(branches)
         steps = announcing(self, made)
-        if self._book is not None and steps:
-            drive(one(self._book.announce(steps, self._forward)), self._book.store, self._book.env, never, (), {})
-        self._grouped(made)
-        todo = [(undo, function) for undo, function in made if not had(self._book, undo, function)]
         self._active = made[0][0].number
         try:
+            if self._book is not None and steps:
+                drive(one(self._book.announce(steps, self._forward)), self._book.store, self._book.env, never, (), {})
+                if self._over:
+                    raise self._went_on()
+            self._grouped(made)
+            todo = [(undo, function) for undo, function in made if not had(self._book, undo, function)]
             outcomes = in_threads(self, todo)
         finally:
-            self._active = 0
-        values(self, made)
+            self._idle()
+        values(self, todo, outcomes)
         self._first(outcomes)
         return [undo.value for undo, _ in made]
 
@@ -258,6 +273,8 @@ class AsyncSagaRun(Run):
             value = await self._awaited(run, args, kwargs)
         finally:
             self._active = 0
+            if self._resting is not None:
+                self._resting.notify()
         if undo is not None:
             undo.value = value
             if register == "after":
@@ -271,7 +288,7 @@ class AsyncSagaRun(Run):
             place = name_of(function, "the step")
             undo.name = undo.name or place
             form = result_form(function, place)
-            if book.recorded(number, undo.name, undo, self._forward) is not None and number in book.results:
+            if book.recorded(number, undo.name, undo, self._forward, function) is not None and number in book.results:
                 self._number = number
                 undo.value = book.value(number, function, undo.name)
                 if undo.compensate is not None:
@@ -280,7 +297,15 @@ class AsyncSagaRun(Run):
             if number not in book.steps:
                 undoing = None if undo.compensate is None else undo
                 step = book.step(number, undo.name, undoing, 0, register == "after", self._forward, function)
-                await self._announce(book, step)
+                # From here on: another step, begun while this one is written, would be taken for it.
+                self._active = number
+                try:
+                    await self._announce(book, step)
+                    if self._over:
+                        raise self._went_on()
+                except BaseException:
+                    self._idle()
+                    raise
         self._number = self._active = number
         if undo.compensate is not None and register == "before":
             self._stack.append(undo)
@@ -295,6 +320,8 @@ class AsyncSagaRun(Run):
             raise
         finally:
             self._active = 0
+            if self._resting is not None:
+                self._resting.notify()
         if undo.compensate is not None and register == "after":
             self._stack.append(undo)
         self._told(undo.name, None)
@@ -332,18 +359,20 @@ class AsyncSagaRun(Run):
         self._late()
         made = self._branches(branches)
         steps = announcing(self, made)
-        if self._book is not None and steps:
-            await adrive(
-                one(self._book.announce(steps, self._forward)), self._book.store, self._book.env, never, (), {}
-            )
-        self._grouped(made)
-        todo = [(undo, function) for undo, function in made if not had(self._book, undo, function)]
         self._active = made[0][0].number
         try:
+            if self._book is not None and steps:
+                await adrive(
+                    one(self._book.announce(steps, self._forward)), self._book.store, self._book.env, never, (), {}
+                )
+                if self._over:
+                    raise self._went_on()
+            self._grouped(made)
+            todo = [(undo, function) for undo, function in made if not had(self._book, undo, function)]
             outcomes = await in_tasks(self, todo)
         finally:
-            self._active = 0
-        values(self, made)
+            self._idle()
+        values(self, todo, outcomes)
         self._first(outcomes)
         return [undo.value for undo, _ in made]
 

@@ -15,6 +15,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from resilient._ambient import nearest
 from resilient._drive import Cut, Last, Outcome, Program, Wait
+from resilient._journal import read
 from resilient.errors import Incompatible, InFlight, SagaError, SagaStuck, StoreError
 from resilient.stores._ops import Abandon, Acquired, Begin, Busy, Claim, History, Release
 
@@ -93,7 +94,9 @@ def enter(book: Book, rules: Rules) -> Program:
             return Outcome(None, None)
         record, entries = got
         if record.state == "done":
-            return Outcome(ended(record.result), None)
+            end = ended(record.result)
+            _alike(book, read(entries[0]).head if entries else UNSET)
+            return Outcome(end, None)
         if record.state == "running":
             left = nearest(clock) - clock.now() if rules.wait else 0.0
             if left <= 0:
@@ -110,7 +113,7 @@ def enter(book: Book, rules: Rules) -> Program:
             continue
         head = book.load(entries)
         _allowed(book, head, rules)
-        if rules.backwards and not book.forward:
+        if (rules.backwards or rules.again == "compensate") and not book.forward:
             # What is not here, or not to be called, is found out before the saga is taken.
             book.left()
         reply = yield Begin(beat.stored, beat.owner, book.lease, b"{}", "", True)
@@ -146,8 +149,7 @@ def _allowed(book: Book, head: Head, rules: Rules) -> None:
         text = f"its journal is of version {head.version}, and this is version {rules.version}"
         raise Incompatible(text, book.saga, book.id)
     book.version = head.version
-    if book.body is not None and head.input is not UNSET and _data(head.input) != _data(book.body):
-        raise SagaError("this id was used before, with other arguments", book.saga, book.id)
+    _alike(book, head)
     if book.body is not None and head.input is UNSET:
         raise Incompatible("its journal is that of a block, not of a durable saga", book.saga, book.id)
     if rules.again == "compensate" and book.forward:
@@ -156,8 +158,12 @@ def _allowed(book: Book, head: Head, rules: Rules) -> None:
         raise _stuck(book, book.stuck)
 
 
-def _data(raw: Any) -> Any:
-    return msgspec.json.decode(raw)
+def _alike(book: Book, head: Head | UnsetType) -> None:
+    """An id stands for one saga with its arguments."""
+    if book.body is None or head is UNSET or head.input is UNSET:
+        return
+    if not book.alike(head.input, book.body):
+        raise SagaError("this id was used before, with other arguments", book.saga, book.id)
 
 
 def _taken(book: Book, rules: Rules) -> Program:

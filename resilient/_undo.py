@@ -18,12 +18,24 @@ from msgspec import Struct
 
 from resilient._ambient import unlimited
 from resilient._drive import Do, Outcome
+from resilient._guard import kind_of
 from resilient.errors import SagaError
 
 if TYPE_CHECKING:
     from resilient.policy import Env
 
-__all__ = ["RESULT", "UNKNOWN", "AsyncUndoing", "Compensation", "Undo", "Undoing", "backwards", "call", "unwind"]
+__all__ = [
+    "RESULT",
+    "UNKNOWN",
+    "AsyncUndoing",
+    "Compensation",
+    "Undo",
+    "Undoing",
+    "backwards",
+    "call",
+    "plain",
+    "unwind",
+]
 
 step_key: ContextVar[str | None] = ContextVar("resilient.saga.key", default=None)
 """The key of the step that runs here, or is undone, where the saga cannot know by itself."""
@@ -102,6 +114,17 @@ def check(compensate: Any) -> None:
     """A compensation is a function, `call(…)`, or None."""
     if compensate is not None and type(compensate) is not Compensation and not callable(compensate):
         raise TypeError(f"compensate must be a function, call(...) or None, not {compensate!r}")
+
+
+def plain(compensate: Any) -> None:
+    """A plain saga cannot await its compensations: that is said before there is anything to undo."""
+    function = compensate.function if type(compensate) is Compensation else compensate
+    try:
+        is_async = function.__code__.co_flags & inspect.CO_COROUTINE
+    except AttributeError:
+        is_async = kind_of(function) == "coro"
+    if is_async:
+        raise TypeError(f"the compensation {function!r} is async, and its saga is not: use `async with`")
 
 
 def backwards(stack: list[Any]) -> list[Undo]:

@@ -231,7 +231,9 @@ class DurableBody:
 
     def _prepared(self, run: Any, body: Raw, keeper: Any) -> Book:
         saga: Saga = run._saga
-        return Book(saga.store, saga.env, saga.name, run.id, saga.version, saga.lease, keeper, body)
+        book = Book(saga.store, saga.env, saga.name, run.id, saga.version, saga.lease, keeper, body)
+        book.alike = self._input.alike
+        return book
 
     def _run(self, store: Any, id: str, body: Raw, given: Given, rules: Rules) -> Any:
         while True:
@@ -251,15 +253,21 @@ class DurableBody:
                 try:
                     try:
                         value = self.__wrapped__(run, *given[0], **given[1])
+                        if run._active:
+                            raise run._went_on()
                     finally:
+                        run._over = True
                         limit()
                     ok = self._result.keep(value)
-                except BaseException as error:
+                except BaseException as caught:
+                    error = run._rest(caught) if run._active else caught
                     if again_after(book, rules):
                         continue
                     outcome = drive(settle(saga, run, error, undoing), store, env, never, (), {})
                     saga._tell(undoing, outcome, error, id)
                     outcome.reraise(error)
+                    if error is not caught:
+                        raise error from caught
                     raise
                 outcome = drive(settle(saga, run, None, undoing, ok), store, env, never, (), {})
                 if again_after(book, rules):
@@ -287,15 +295,21 @@ class DurableBody:
                 try:
                     try:
                         value = await self.__wrapped__(run, *given[0], **given[1])
+                        if run._active:
+                            raise run._went_on()
                     finally:
+                        run._over = True
                         limit()
                     ok = self._result.keep(value)
                 except GeneratorExit:
                     raise
-                except BaseException as error:
+                except BaseException as caught:
+                    error = await run._arest(caught) if run._active else caught
                     if again_after(book, rules):
                         continue
                     await saga._carried(settle(saga, run, error, undoing), store, undoing, error, id)
+                    if error is not caught:
+                        raise error from caught
                     raise
                 outcome = await adrive(settle(saga, run, None, undoing, ok), store, env, never, (), {})
                 if again_after(book, rules):

@@ -132,8 +132,11 @@ class Saga:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         run: SagaRun = self._leave()
+        given = error
+        run._over = True
+        if run._active:
+            error = run._rest(error)
         if error is None and run._book is None:
-            run._over = True
             if self.env.sinks:
                 ended(self, run, "done")
             return
@@ -142,6 +145,8 @@ class Saga:
         outcome = drive(program, self.store or NOTHING, self.env, never, (), {})
         self._tell(undoing, outcome, error, run.id)
         outcome.reraise(error)
+        if error is not None and error is not given:
+            raise error
 
     async def __aenter__(self) -> AsyncSagaRun:
         if self._run is not None:
@@ -157,8 +162,11 @@ class Saga:
         if isinstance(error, GeneratorExit):
             self._closed(run, error)
             return
+        given = error
+        run._over = True
+        if run._active:
+            error = await run._arest(error)
         if error is None and run._book is None:
-            run._over = True
             if self.env.sinks:
                 ended(self, run, "done")
             return
@@ -169,6 +177,8 @@ class Saga:
             outcome.reraise(None)
             return
         await self._carried(settle(self, run, error, undoing), self.store or NOTHING, undoing, error, run.id)
+        if error is not given:
+            raise error
 
     # -- parts -------------------------------------------------------------------------------------------------------
 

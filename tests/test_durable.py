@@ -32,6 +32,7 @@ from resilient import (
 from resilient._ambient import deadline
 from resilient._book import stored_key
 from resilient._drive import Outcome
+from resilient._journal import Head
 from resilient._keeper import Beat, ThreadKeeper
 from resilient._run import Run
 from resilient.saga import branch
@@ -39,6 +40,7 @@ from resilient.stores import MemoryStore
 from resilient.stores._ops import Append, Begin, Claim, Finish, Forget, Renew
 from tests._proofs import Dead
 from tests._saga_worlds import Spy, alone, entries, orphaned
+from tests.worlds import turn
 
 RETRIES = Retry(Exception, attempts=2, wait=0, name="compensation")
 log: list[Any] = []
@@ -630,6 +632,240 @@ async def alosing(saga: Any, order: str) -> None:
     await saga.step(astep, "a", compensate=aundo)
     saga._book.beat.lost = True
     await saga.step(astep, "b", compensate=aundo)
+
+
+# -- steps that were begun beside each other -------------------------------------------------------------------------
+
+
+async def pausing(name: str) -> str:
+    log.append(f"begin {name}")
+    for _ in range(5):
+        await turn()
+    return step(name)
+
+
+async def two_at_once(saga: Any, order: str) -> None:
+    await saga.step(astep, "a", compensate=aundo)
+    await asyncio.gather(*(saga.step(pausing, name, compensate=aundo) for name in ("b", "c")))
+
+
+async def left_running(saga: Any, order: str) -> str:
+    await saga.step(astep, "a", compensate=aundo)
+    saga.task = asyncio.ensure_future(saga.step(pausing, "b", compensate=aundo))
+    saga.task.add_done_callback(lambda task: task.exception())
+    while "begin b" not in log:
+        await turn()
+    return order
+
+
+class Slow(Spy):
+    """A store whose answers take a turn of the loop."""
+
+    async def aexecute(self, op: Any) -> Any:
+        await turn()
+        answer = self.execute(op)
+        await turn()
+        return answer
+
+
+@pytest.mark.parametrize("body", [two_at_once, left_running])
+@pytest.mark.parametrize("block", [False, True])
+def test_a_saga_does_one_thing_at_a_time_and_waits_for_it_before_it_undoes(body: Any, block: bool) -> None:
+    spy = Slow()
+
+    async def main() -> None:
+        if not block:
+            await made(spy, body)("o", id="o-1")
+            return
+        async with Saga("order", id="o-1", store=spy, retries=RETRIES) as saga:
+            await body(saga, "o")
+
+    with pytest.raises(SagaAborted) as caught:
+        asyncio.run(main())
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    # Of two at once the first was only announced when the other was refused, which ended the saga.
+    ran = ["begin b", "b", "undo b B"] if body is left_running else ["undo b UNKNOWN"]
+    assert log == ["a", *ran, "undo a A"]
+    assert [step.number for one in entries(spy, "order", "o-1") for step in one.steps] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["step", "parallel"])
+def test_a_step_that_is_just_announced_when_the_saga_ends_does_not_run(name: str) -> None:
+    spy = Slow()
+
+    async def body(saga: Any, order: str) -> None:
+        await saga.step(astep, "a", compensate=aundo)
+        if name == "step":
+            saga.task = asyncio.ensure_future(saga.step(astep, "b", compensate=aundo))
+        else:
+            saga.task = asyncio.ensure_future(saga.parallel(branch(astep, "b", compensate=aundo)))
+        saga.task.add_done_callback(lambda task: task.exception())
+        await turn()
+
+    with pytest.raises(SagaAborted) as caught:
+        asyncio.run(made(spy, body)("o", id="o-1"))
+    assert "ended while its step 2 still ran" in str(caught.value.__cause__)
+    # A step is in the journal, so it is undone, by a compensation that knows nothing of its value; a group never began.
+    assert log == ["a", *(["undo b UNKNOWN"] if name == "step" else []), "undo a A"]
+
+
+def test_cancelled_while_a_step_is_waited_for_it_stays_so(spy: Spy) -> None:
+    go: list[asyncio.Event] = []
+
+    async def stuck(name: str) -> str:
+        log.append(f"begin {name}")
+        await go[0].wait()
+        return step(name)
+
+    async def body(saga: Any, order: str) -> str:
+        saga.task = asyncio.ensure_future(saga.step(stuck, "b", compensate=None))
+        while not log:
+            await turn()
+        return order
+
+    async def main() -> None:
+        go.append(asyncio.Event())
+        block = Saga("order")
+
+        async def run() -> None:
+            async with block as saga:
+                await saga.step(astep, "a", compensate=aundo)
+                log.clear()
+                await body(saga, "o")
+
+        task = asyncio.create_task(run())
+        while "begin b" not in log:
+            await turn()
+        for _ in range(3):
+            await turn()
+        task.cancel()
+        for _ in range(3):
+            await turn()
+        go[0].set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert log == ["begin b", "b", "undo a A"]
+
+
+# -- what is written where the body fails without undo ---------------------------------------------------------------
+
+
+def test_a_result_is_kept_where_the_body_fails_with_what_is_not_undone(spy: Spy) -> None:
+    def body(saga: Any, order: str) -> str:
+        got: str = saga.step(step, "a", compensate=undo)
+        if "mended" not in hooks:
+            raise ArithmeticError
+        return got
+
+    place = made(spy, body, compensate_on=ConnectionError, in_doubt="stuck")
+    with pytest.raises(ArithmeticError):
+        place("o", id="o-1")
+    hooks["mended"] = None
+    assert place("o", id="o-1") == "A"
+    assert log == ["a"]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_pivot_is_kept_where_the_body_fails_after_it(spy: Spy, first: bool) -> None:
+    def body(saga: Any, order: str) -> str:
+        if not first:
+            saga.step(step, "a", compensate=undo)
+        saga.pivot()
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        made(spy, body)("o", id="o-1")
+    if first:
+        # Nothing was done, so there is nothing to go on with.
+        assert sagas.list_sagas(spy) == []
+        return
+    orphaned(spy)
+    with pytest.raises(SagaError, match="past its pivot"):
+        sagas.compensate(spy, "o-1")
+    assert log == ["a"]
+
+
+def test_a_block_that_fails_after_its_pivot_is_not_undone_by_anybody(spy: Spy) -> None:
+    with pytest.raises(SagaStuck), Saga("block", id="o-1", store=spy) as saga:
+        saga.step(step, "a", compensate=undo)
+        saga.pivot()
+        raise ArithmeticError
+    with pytest.raises(SagaError, match="past its pivot"):
+        sagas.compensate(spy, "o-1")
+    assert log == ["a"]
+
+
+def test_a_value_that_cannot_be_kept_is_an_error_of_its_branch_alone(spy: Spy) -> None:
+    def body(saga: Any, order: str) -> None:
+        with contextlib.suppress(TypeError):
+            saga.parallel(branch(anything, object(), compensate=None), branch(step, "b", compensate=undo))
+        # A saga with a journal does not go on after that.
+        saga.step(step, "c", compensate=None)
+
+    with pytest.raises(SagaAborted) as caught:
+        made(spy, body)("o", id="o-1")
+    assert isinstance(caught.value.__cause__, SagaError)
+    assert log == ["b", "undo b B"]
+
+
+def anything(value: Any) -> Any:
+    return value
+
+
+# -- the same saga? --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_run_again_with_other_arguments_is_a_departure(spy: Spy) -> None:
+    amounts = ["100", "999"]
+
+    def body(saga: Any, order: str) -> None:
+        saga.step(step, amounts[0], compensate=undo)
+
+    place = made(spy, body)
+    died(spy, place, "100")
+    amounts.pop(0)
+    with pytest.raises(Incompatible, match="had other arguments when it began"):
+        place("o", id="o-1")
+    assert log == []
+    amounts[0] = "100"
+    place("o", id="o-1")
+    assert log == ["100"]
+
+
+def test_equal_arguments_in_another_order_are_no_departure(spy: Spy) -> None:
+    tags = [["a", "b"], ["b", "a"]]
+
+    def body(saga: Any, order: str) -> None:
+        saga.step(tagged, dict.fromkeys(tags.pop(0), 1), compensate=tagged)
+
+    place = made(spy, body)
+    died(spy, place, "tagged")
+    place("o", id="o-1")
+    assert log == ["tagged"]
+
+
+def tagged(tags: dict[str, int]) -> None:
+    step("tagged")
+
+
+def test_an_id_stands_for_its_arguments_however_they_are_passed(spy: Spy) -> None:
+    def body(saga: Any, order: str, size: int = 1) -> int:
+        saga.step(step, order, compensate=None)
+        return size
+
+    place = made(spy, body)
+    died(spy, place, "o")
+    with pytest.raises(SagaError, match="with other arguments"):
+        place("o", 2, id="o-1")
+    assert place(order="o", size=1, id="o-1") == 1
+    assert place("o", 1, id="o-1") == place("o", id="o-1") == 1
+    with pytest.raises(SagaError, match="with other arguments"):
+        place("o", 2, id="o-1")
+    (entry, *_) = entries(spy, "order", "o-1")
+    assert isinstance(entry.head, Head)
+    assert not place._input.alike(entry.head.input, Raw(b"[[],{}]"))
 
 
 def test_an_interrupt_at_the_end_is_raised_and_the_saga_is_done(spy: Spy) -> None:

@@ -64,6 +64,7 @@ APART_ALONE = {
     ("_parallel.py", "__exit__"),
     ("_recovery.py", "_beside"),
     ("_recovery.py", "one"),
+    ("_run.py", "_rest"),
     ("_run.py", "_through"),
     ("durable.py", "_run"),
     ("durable.py", "recover"),

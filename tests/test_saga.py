@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import gc
@@ -32,11 +33,13 @@ from resilient import (
 )
 from resilient import _run as runs
 from resilient._run import guarded
+from resilient.clock import SystemClock
 from resilient.events import Compensated, Retrying, SagaEnded, StepDone
 from resilient.saga import SagaRun
 from resilient.testing import FakeClock, Recorder
 
 Log = list[Any]
+CLOCK = SystemClock()
 
 
 class Failure(Exception):
@@ -271,13 +274,73 @@ def test_what_can_be_awaited_and_not_closed_is_refused_too() -> None:
         saga.step(Later, compensate=None)
 
 
-def test_an_async_compensation_of_a_plain_saga_is_told(world: World) -> None:
+@pytest.mark.parametrize("way", ["function", "call", "partial", "branch"])
+def test_an_async_compensation_of_a_plain_saga_is_refused_before_the_step_runs(world: World, way: str) -> None:
     async def undo(name: str) -> None: ...
 
-    with pytest.raises(SagaStuck) as caught, Saga("order", retries=ONCE) as saga:
-        saga.step(world.do, "a", compensate=undo)
-        raise Failure
-    assert "is async, and this saga is not" in str(caught.value.exceptions[0])
+    given: Any = {"call": call(undo, "a"), "partial": functools.partial(undo, "a")}.get(way, undo)
+    with pytest.raises(SagaAborted) as caught, Saga("order", retries=ONCE) as saga:
+        if way == "branch":
+            saga.parallel(branch(world.do, "a", compensate=given))
+        saga.step(world.do, "a", compensate=given)
+    assert "is async, and its saga is not: use `async with`" in str(caught.value.__cause__)
+    assert world.log == []
+
+
+# -- ended while a step still runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_step_that_still_runs_at_the_end_is_waited_for_and_then_undone(
+    world: World, fails: bool, inside: bool
+) -> None:
+    """A step that another thread runs: agent-saga and latch undo beside it."""
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(name: str) -> str:
+        begun.set()
+        go.wait()
+        return world.do(name)
+
+    with pytest.raises(SagaAborted) as caught, Saga("order") as saga:
+        with saga.nested("part") if inside else contextlib.nullcontext(saga) as part:
+            thread = threading.Thread(
+                target=part.step, args=(slow, "a"), kwargs={"compensate": world.undo}, daemon=True
+            )
+            thread.start()
+            begun.wait()
+            with pytest.raises(RuntimeError, match="while another step of saga order runs"):
+                part.step(world.do, "b", compensate=world.undo)
+            threading.Thread(target=once_waited_for, args=(saga, go), daemon=True).start()
+            if fails:
+                raise Failure
+    causes = [caught.value.__cause__, getattr(caught.value.__cause__, "__cause__", None)]
+    assert any(isinstance(cause, Failure if fails else RuntimeError) for cause in causes)
+    assert world.log == ["a", ("a", "value of a")]
+
+
+def once_waited_for(saga: SagaRun, go: threading.Event) -> None:
+    """Let the step end when somebody waits for that."""
+    while saga._resting is None:
+        CLOCK.sleep(0.0005)
+    go.set()
+
+
+def test_an_interrupt_while_a_step_is_waited_for_is_the_end_of_the_saga(world: World) -> None:
+    saga = Saga("order")
+    with pytest.raises(KeyboardInterrupt), saga as run:
+        run.step(world.do, "a", compensate=world.undo)
+        run._active = 2  # as if another thread ran one
+        run._saga.grace = Interrupting()
+    assert world.log == ["a", ("a", "value of a")]
+
+
+class Interrupting(float):
+    def __gt__(self, other: float) -> bool:
+        raise KeyboardInterrupt
+
+    __lt__ = __gt__
 
 
 # -- one object, one block, one step at a time -----------------------------------------------------------------------
