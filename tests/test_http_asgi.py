@@ -670,7 +670,7 @@ def test_a_request_that_is_dropped_with_its_loop_ends_quietly() -> None:
 @worlds
 def test_responses_that_are_not_remembered_free_the_key(world: World) -> None:
     """Failures that are pinned for a day (IdempotentAPI#37, trigger.dev#2376)."""
-    statuses = [500, 503, 429, 409, 422, 425, 404]
+    statuses = [500, 503, 401, 403, 408, 429, 409, 422, 425, 404]
 
     async def act(app: App, scope: Any, receive: Receive, send: Send) -> None:
         await answer(send, status=statuses[app.calls - 1])
@@ -678,8 +678,8 @@ def test_responses_that_are_not_remembered_free_the_key(world: World) -> None:
     async def main() -> None:
         app = App(act)
         guard = guarded(app)
-        assert [(await ask(guard)).status for _ in range(9)] == [*statuses, 404, 404]
-        assert app.calls == 7
+        assert [(await ask(guard)).status for _ in range(12)] == [*statuses, 404, 404]
+        assert app.calls == 10
         pinned = guarded(App(act), remember=range(200, 600))
         assert [(await ask(pinned)).status for _ in range(3)] == [500, 500, 500]
 
@@ -697,8 +697,11 @@ def test_a_fault_of_your_own_function_is_the_applications_to_report() -> None:
         def broken(status: int) -> bool:
             raise ZeroDivisionError
 
-        reply = await ask(guarded(App(act), remember=broken))
+        guard = guarded(App(act), remember=broken)
+        reply = await ask(guard)
         assert (reply.status, reply.body, reply.whole) == (500, b"sorry", True)
+        # The response was made: what it says may have happened, and the key does not stay taken for the lease.
+        assert (await ask(guard)).problem == "in-doubt"
 
     asyncio.run(main())
 

@@ -519,14 +519,26 @@ def test_a_request_that_is_interrupted_leaves_its_key_in_doubt(in_doubt: Any, st
 
 
 def test_responses_that_are_not_remembered_free_the_key() -> None:
-    statuses = ["500 No", "429 Slow", "404 No"]
+    statuses = ["500 No", "401 Who", "429 Slow", "404 No"]
 
     def act(app: App, environ: Any, start_response: Any) -> Iterable[bytes]:
         start_response(statuses[app.calls - 1], [])
         return []
 
     guard = guarded(App(act))
-    assert [ask(guard).status for _ in range(5)] == [500, 429, 404, 404, 404]
+    assert [ask(guard).status for _ in range(6)] == [500, 401, 429, 404, 404, 404]
+
+
+def test_a_remember_that_raises_leaves_the_key_in_doubt_at_once() -> None:
+    def broken(status: int) -> bool:
+        raise ZeroDivisionError
+
+    app = App()
+    guard = guarded(app, remember=broken)
+    with pytest.raises(ZeroDivisionError) as caught:
+        ask(guard)
+    assert "its key 'k' is in doubt" in caught.value.__notes__[0]
+    assert (ask(guard).problem, app.calls) == ("in-doubt", 1)
 
 
 # -- the store -------------------------------------------------------------------------------------------------------

@@ -186,7 +186,15 @@ class Keyed:
 
     def _keeps(self, answer: Answer) -> bool:
         # Without a status there was no response and no error: what was done is not known, and not to be done again.
-        return not answer.status or self._remember(answer.status)
+        if not answer.status:
+            return True
+        try:
+            return self._remember(answer.status)
+        except Exception as fault:
+            # The response was made, and nobody says whether it counts: as one that cannot be kept, it leaves the key in
+            # doubt, and the fault is the application's to report.
+            answer.fault = fault
+            return True
 
     def _replay(self, outcome: Outcome) -> Answer:
         """The answer to a duplicate. What was cancelled meanwhile is raised."""
@@ -233,7 +241,10 @@ def _methods(given: Any) -> frozenset[str]:
 def _remember(given: Any) -> Callable[[int], bool]:
     if callable(given):
         return cast("Callable[[int], bool]", given)
-    statuses = frozenset(given)
+    try:
+        statuses = frozenset(given)
+    except TypeError:
+        raise TypeError(f"remember must be a collection of statuses or a function of one, not {given!r}") from None
     if not all(isinstance(status, int) and 200 <= status <= 599 for status in statuses):
         raise ValueError(f"remember must be statuses from 200 to 599 or a function of a status, not {given!r}")
     return statuses.__contains__

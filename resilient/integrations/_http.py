@@ -113,12 +113,16 @@ def fingerprint_of(request: Request) -> str:
 
 
 class Answer:
-    """A response. `lost` says why there is no body where there was one: "too large", or "interrupted"."""
+    """A response. `lost` says why there is no body where there was one: "too large", or "interrupted".
 
-    __slots__ = ("body", "headers", "lost", "status")
+    `fault`: what keeps it from being kept.
+    """
+
+    __slots__ = ("body", "fault", "headers", "lost", "status")
 
     def __init__(self, status: int, headers: Headers, body: bytes, lost: str = "") -> None:
         self.status, self.headers, self.body, self.lost = status, headers, body, lost
+        self.fault: Exception | None = None
 
     @property
     def line(self) -> str:
@@ -150,7 +154,9 @@ class AnswerForm:
     """How a response is kept and comes back: JSON with a version, the body in base64."""
 
     def keep(self, answer: Answer) -> bytes:
-        """`answer` as bytes, without the headers that belong to its connection alone."""
+        """`answer` as bytes, without the headers that belong to its connection alone. Raises its `fault`."""
+        if answer.fault is not None:
+            raise answer.fault
         if answer.lost:
             return msgspec.json.encode(_Kept(VERSION, answer.status, lost=answer.lost))
         named = {part.strip().lower() for name, value in answer.headers if name.lower() == "connection"
@@ -310,6 +316,26 @@ class Problems:
 Remember: TypeAlias = "Callable[[int], bool] | Iterable[int]"
 
 
+_OF_THE_MOMENT = frozenset(
+    (
+        401,  # Unauthorized: the token has expired; the same request comes again with a good one.
+        403,  # Forbidden: the right may be granted, and this was said to him who asked then.
+        407,  # Proxy Authentication Required: as 401.
+        408,  # Request Timeout: the request did not arrive in time, and shall come again (RFC 9110, 15.5.9).
+        409,  # Conflict: with what the resource is just now.
+        421,  # Misdirected Request: for another connection (15.5.20).
+        422,  # Unprocessable Content: what the draft answers for a key that was used for something else.
+        423,  # Locked: for as long as somebody else has it (RFC 4918).
+        425,  # Too Early (RFC 8470).
+        429,  # Too Many Requests (RFC 6585).
+    )
+)
+
+
 def remembered(status: int) -> bool:
-    """What is remembered by default: all but refusals of the moment (409, 422, 425, 429) and the server's failures."""
-    return status < 500 and status not in (409, 422, 425, 429)
+    """What is remembered by default: all but refusals of the moment, and the server's failures.
+
+    They say that nothing was done, for a reason that passes: whoever comes again with the same key, as a client should,
+    must not get them for as long as keys are kept.
+    """
+    return status < 500 and status not in _OF_THE_MOMENT
