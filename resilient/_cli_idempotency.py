@@ -126,6 +126,9 @@ def _with_store(url: str, chosen: argparse.Namespace) -> int:
     with closing(store) if hasattr(store, "close") else nullcontext():
         if not isinstance(store, stores.Store):
             raise Refusal(f"{store!r} serves coroutines only", 2)
+        path = tty.absent(url, store)
+        if path:
+            raise Refusal(f"there is no file {path}: is it the store's path, seen from {os.getcwd()}?", 2)
         try:
             code: int = chosen.does(store, chosen)
         except (ImportError, OSError, StoreError) as error:

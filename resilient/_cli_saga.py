@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from resilient import _cli_text as tty
@@ -149,6 +150,13 @@ def _with_store(url: str, chosen: argparse.Namespace) -> int:
             raise Refusal(str(error), 2) from None
         if not isinstance(store, Store):
             raise Refusal(f"{store!r} serves coroutines only", 2)
+        path = tty.absent(url, store)
+        if path and chosen.does not in (_recover, _worker):
+            raise Refusal(f"there is no file {path}: is it the store's path, seen from {os.getcwd()}?", 2)
+        if path:
+            # These may begin before the application that they are for.
+            text = f"resilient saga: there is no file {tty.safe(path, 1000)} yet: it is made"
+            print(tty.encodable(text, sys.stderr), file=sys.stderr, flush=True)
         try:
             code: int = chosen.does(store, chosen)
         except (ImportError, OSError, StoreError) as error:
@@ -277,8 +285,8 @@ def _line(record: SagaRecord, how: str, error: Exception | None) -> None:
     """One line for one saga."""
     words = {"finished": "finished", "compensated": "undone", "stuck": "STUCK", "left": "left"}
     why = "" if error is None else f": {tty.safe(f'{type(error).__name__}: {_told(error)}', 500)}"
-    tty.say(f"{tty.instant(SystemClock.at())}  {words[how]}  {tty.safe(str(record), 200)}{why}")
-    sys.stdout.flush()
+    with suppress(tty.Gone):  # The work is what counts: it goes on if nobody reads of it.
+        tty.say(f"{tty.instant(SystemClock.at())}  {words[how]}  {tty.safe(str(record), 200)}{why}")
 
 
 def _worker(store: Any, chosen: argparse.Namespace) -> int:

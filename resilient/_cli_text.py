@@ -6,6 +6,7 @@ Whatever comes from a store is escaped and cut before a terminal sees it, and wr
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from typing import Any
 
 __all__ = [
     "VARIABLE",
+    "Gone",
     "Refusal",
+    "absent",
     "age",
     "aligned",
     "encodable",
@@ -38,6 +41,10 @@ class Refusal(Exception):
         self.code = code
 
 
+class Gone(Exception):
+    """Nobody reads stdout any more (`… | head -1`): the end of a command that only shows something."""
+
+
 def text(given: str) -> str:
     """An argument that is text."""
     try:
@@ -52,6 +59,16 @@ def reason(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("must say something")
     return text
+
+
+def absent(url: str, store: Any) -> str:
+    """The path of the SQLite file that `url` names and that is not there; else nothing.
+
+    Whoever opens a store makes the file: of a wrong path a look would make an empty store, in which nothing is found.
+    """
+    if url.partition(":")[0].lower() != "sqlite" or os.path.exists(store.path):
+        return ""
+    return str(store.path)
 
 
 def hidden(url: str) -> str:
@@ -112,5 +129,12 @@ def encodable(text: str, stream: Any) -> str:
 
 
 def say(text: str) -> None:
-    """Print, whatever the terminal's encoding."""
-    print(encodable(text, sys.stdout))
+    """Print, whatever the terminal's encoding. `Gone` if nobody reads it; what is said after that goes nowhere."""
+    try:
+        print(encodable(text, sys.stdout), flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer is written at exit, and must not fail there once more.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise Gone from None

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resilient import __version__, _cli_idempotency, _cli_saga
+from resilient._cli_text import Gone
 
 __all__ = ["main"]
 
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"idempotency": _cli_idempotency.run, "saga": _cli_saga.run, "demo": _demo}[chosen.command](chosen)
     except KeyboardInterrupt:
         return 130
+    except Gone:
+        return 141  # As a shell tells of one that ended by SIGPIPE.
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import importlib
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,18 @@ from resilient.demo.orders import BUNDLED
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"resilient-kit {resilient.__version__}\n"
+
+
+def test_it_is_there_by_the_name_of_the_package(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """`python -m resilient`."""
+    importlib.import_module("resilient.__main__")  # An import alone runs nothing.
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "argv", ["resilient", "--version"])
+    monkeypatch.delitem(sys.modules, "resilient.__main__")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("resilient", run_name="__main__")
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"resilient-kit {resilient.__version__}\n"
 

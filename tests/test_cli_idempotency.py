@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -459,6 +460,40 @@ def test_a_stream_without_an_encoding_gets_ascii(shop: Shop, monkeypatch: pytest
 
 
 # -- stores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["show", "k"], ["purge", "--older-than", "1"], ["forget", "k", "--why", "x"]]
+)
+def test_a_file_that_is_not_there_is_not_made(arguments: list[str], tmp_path: Path, capsys: Out) -> None:
+    """A wrong path was an empty store, in which nothing was found."""
+    assert ask(*arguments, "--store", f"SQLite:///{tmp_path}/no%20such.db?durability=normal") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"resilient idempotency: there is no file {tmp_path}/no such.db: is it the store's path, seen"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unread(io.TextIOWrapper):
+    """A stdout whose reader has left, as that of `| head -1`."""
+
+    def __init__(self) -> None:
+        reads, writes = os.pipe()
+        os.close(reads)
+        super().__init__(os.fdopen(writes, "wb"), encoding="utf-8")
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["show", "o-1"]])
+def test_a_reader_that_leaves_is_no_error(
+    arguments: list[str], shop: Shop, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`resilient idempotency list | head -1` said that the store cannot be asked: Broken pipe."""
+    shop.done("o-1")
+    with Unread() as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert ask(*arguments) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_without_a_store_the_command_says_how_to_name_one(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:

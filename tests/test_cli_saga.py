@@ -18,6 +18,7 @@ from resilient import _cli_saga, _cli_worker, durable, stores
 from resilient.cli import main
 from resilient.stores import _open
 from tests._saga_worlds import Spy, alone
+from tests.test_cli_idempotency import Unread
 from tests.test_durable import boom, died, hooks, log, made
 from tests.test_sagas import block
 
@@ -181,6 +182,39 @@ def test_wrong_use_is_said_on_one_line(capsys: Out, monkeypatch: pytest.MonkeyPa
         err = capsys.readouterr().err
         assert text in err
         assert "secret" not in err
+
+
+@pytest.mark.parametrize(
+    "words", [("list",), ("show", "o-1"), ("resume", "o-1"), ("compensate", "o-1"), ("abandon", "o-1", "--why", "x")]
+)
+def test_a_file_that_is_not_there_is_not_made(words: tuple[str, ...], tmp_path: Path, capsys: Out) -> None:
+    assert run(*words, "--store", f"sqlite:///{tmp_path}/missing.db") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"resilient saga: there is no file {tmp_path}/missing.db: is it the store's path, seen from")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recovery_may_begin_before_the_application(tmp_path: Path, capsys: Out) -> None:
+    for words in (("recover", "--store"), ("worker", "--once")):
+        url = f"sqlite:///{tmp_path}/{words[0]}.db"
+        assert run(*words, *([url, "json"] if words[0] == "worker" else [url])) == 0
+        assert capsys.readouterr().err == f"resilient saga: there is no file {tmp_path}/{words[0]}.db yet: it is made\n"
+        assert (tmp_path / f"{words[0]}.db").exists()
+
+
+def test_a_reader_that_leaves_is_no_error(spy: Spy, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        block(spy, f"o-{number}")
+    for words in (("list",), ("show", "o-1"), ("list", "--json")):
+        with Unread() as out, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            assert run(*words) == 141
+    # Recovery is not for the reader alone: it goes on.
+    with Unread() as out, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", out)
+        assert run("recover", "--module", "tests.test_sagas", "--concurrency", "1") == 0
+    assert capsys.readouterr().err == ""
+    assert run("list", "--state", "orphaned") == 1
 
 
 def test_a_store_for_coroutines_only_is_refused(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ FLOORS: dict[int, str] = {
     4: "_binding _codec _drive _keeper _once _transaction idempotency stores _undo _journal _book _run "
     "_parallel _settle _steps saga durable sagas engines _barrier _takeover _recovery _saga_views",
     5: "testing cli demo integrations telemetry _contract _contract_cases _contract_journal _cli_idempotency _cli_saga "
-    "_cli_text _cli_worker",
+    "_cli_text _cli_worker __main__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
