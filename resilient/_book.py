@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
-from msgspec.json import decode
 
 from resilient._binding import digest
 from resilient._drive import Cut, Last, Settle, Sleep
@@ -65,6 +64,9 @@ def label_of(saga: str, id: str, version: int, state: str) -> str:
 class Book:
     """The journal of one run."""
 
+    alike: Callable[[Raw, Raw], bool]
+    """Whether two texts of a body's arguments say the same call. Only where there is a body."""
+
     def __init__(
         self,
         store: Any,
@@ -78,8 +80,6 @@ class Book:
     ) -> None:
         self.store, self.env, self.saga, self.id, self.version = store, env, saga, id, version
         self.lease, self.keeper, self.body = lease, keeper, body
-        # Whether two texts of a body's arguments say the same call.
-        self.alike: Callable[[Raw, Raw], bool] = _equal
         self.beat = Beat(id, stored_key(saga, id))
         self.fresh()
 
@@ -349,10 +349,6 @@ class Book:
         if type(reply) is Completed:
             return SagaError("it has ended already: an id is for one saga", self.saga, self.id)
         return SagaError("it was left unfinished by another process: recover it", self.saga, self.id)
-
-
-def _equal(one: Raw, other: Raw) -> bool:
-    return bool(decode(one) == decode(other))
 
 
 def _said(name: str, undo: str, forward: bool) -> str:

@@ -182,24 +182,26 @@ class Run:
         return error
 
     async def _arest(self, error: BaseException | None) -> BaseException:
-        """Wait for a step that runs in another task. Cancelled meanwhile, it waits some seconds more, and stays so."""
+        """Wait for a step that runs in another task; when cancelled, some seconds, and it stays so. The error."""
         error = self._went_on() if error is None else error
-        self._resting = waiter = task_waiter()
-        try:
-            if self._active:
-                await waiter.apark(SystemClock(), self._saga.grace)
-        except GeneratorExit:
-            raise
-        except BaseException as cut:
-            from resilient._aio import shielded
-
-            error = cut
+        if isinstance(error, Exception):
             self._resting = waiter = task_waiter()
-            if self._active:
-                try:
-                    await shielded(waiter.apark, SystemClock(), None)
-                except TimeoutError:
-                    pass
+            try:
+                if self._active:
+                    await waiter.apark(SystemClock(), self._saga.grace)
+                return error
+            except GeneratorExit:
+                raise
+            except BaseException as cut:
+                error = cut
+        from resilient._aio import shielded
+
+        self._resting = waiter = task_waiter()
+        if self._active:
+            try:
+                await shielded(waiter.apark, SystemClock(), None)
+            except TimeoutError:
+                pass
         return error
 
     def _late(self) -> None:

@@ -35,7 +35,8 @@ from resilient._drive import Outcome
 from resilient._journal import Head
 from resilient._keeper import Beat, ThreadKeeper
 from resilient._run import Run
-from resilient.saga import branch
+from resilient.clock import SystemClock
+from resilient.saga import AsyncSagaRun, SagaRun, branch
 from resilient.stores import MemoryStore
 from resilient.stores._ops import Append, Begin, Claim, Finish, Forget, Renew
 from tests._proofs import Dead
@@ -512,9 +513,11 @@ async def apatient() -> None:
 
 @pytest.mark.parametrize("name", ["Begin", "Append", "Finish"])
 @pytest.mark.parametrize("written", [False, True])
-def test_writes_are_insisted_on(spy: Spy, name: str, written: bool) -> None:
+@pytest.mark.parametrize("is_async", [False, True])
+def test_writes_are_insisted_on(spy: Spy, name: str, written: bool, is_async: bool) -> None:
     spy.fail(name, 3, written=written)
-    assert made(spy, lease=0.02)("o", id="o-1") == "oABC"
+    place = made(spy, athree if is_async else three, lease=0.02)
+    assert (asyncio.run(place("o", id="o-1")) if is_async else place("o", id="o-1")) == "oABC"
     assert spy.ops.count(name) == {"Begin": 4, "Append": 5, "Finish": 4}[name]
     assert len(entries(spy, "order", "o-1")) == 3
 
@@ -747,6 +750,129 @@ def test_cancelled_while_a_step_is_waited_for_it_stays_so(spy: Spy) -> None:
 
     asyncio.run(main())
     assert log == ["begin b", "b", "undo a A"]
+
+
+def once_waited_for(saga: Any, act: Any) -> None:
+    """Act when somebody waits for a step of this saga to end."""
+    while saga._resting is None:
+        SystemClock().sleep(0.0005)
+    act()
+
+
+@pytest.mark.parametrize("at", ["announced", "running", "group"])
+def test_what_a_thread_still_does_at_the_end_of_a_body_is_waited_for(spy: Spy, at: str) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def hold(op: Any = None) -> None:
+        if op is None or isinstance(op, Append):
+            begun.set()
+            go.wait()
+
+    def beside(saga: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            if at == "group":
+                saga.parallel(branch(step, "b", compensate=undo))
+            else:
+                saga.step(step, "b", compensate=undo)
+
+    def body(saga: Any, order: str) -> None:
+        saga.step(step, "a", compensate=undo)
+        if at == "running":
+            hooks["b"] = hold
+        else:
+            spy.before = hold
+        threading.Thread(target=beside, args=(saga,), daemon=True).start()
+        begun.wait()
+        threading.Thread(target=once_waited_for, args=(saga, go.set), daemon=True).start()
+
+    with pytest.raises(SagaAborted) as caught:
+        made(spy, body)("o", id="o-1")
+    assert "still ran" in str(caught.value.__cause__)
+    ended = {"announced": ["undo b UNKNOWN"], "running": ["b", "undo b B"], "group": []}
+    assert log == ["a", *ended[at], "undo a A"]
+
+
+class Interrupting(float):
+    """A time that nobody waits for in peace."""
+
+    def __gt__(self, other: float) -> bool:
+        raise KeyboardInterrupt
+
+    __lt__ = __gt__
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_interrupt_while_a_step_is_waited_for_is_the_end_of_the_body(spy: Spy, inside: bool) -> None:
+    def body(saga: Any, order: str) -> None:
+        with saga.nested("part") if inside else contextlib.nullcontext(saga) as part:
+            part.step(step, "a", compensate=undo)
+            part._active = 2  # as if another thread ran one
+            part._saga.grace = Interrupting()
+
+    with pytest.raises(KeyboardInterrupt):
+        made(spy, body)("o", id="o-1")
+    assert log == ["a", "undo a A"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("ends", ["at once", "later", "never"])
+def test_a_body_that_is_cancelled_while_a_step_is_waited_for_stays_so(
+    spy: Spy, inside: bool, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ends == "never":
+        monkeypatch.setattr("resilient._aio.GRACE", 0.01)
+    runs: list[Any] = []
+
+    async def body(saga: Any, order: str) -> None:
+        async with saga.nested("part") if inside else contextlib.nullcontext(saga) as part:
+            await part.step(astep, "a", compensate=aundo)
+            part._active = 2  # as if another task ran one
+            runs.append(part)
+
+    async def main() -> None:
+        task = asyncio.create_task(made(spy, body)("o", id="o-1"))
+        while not runs or runs[0]._resting is None:
+            await turn()
+        await turn()
+        task.cancel()
+        if ends == "at once":
+            runs[0]._active = 0
+        await turn()
+        await turn()
+        if ends == "later":
+            runs[0]._idle()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert log == ["a", "undo a A"]
+
+
+def test_a_step_that_has_just_ended_is_not_waited_for() -> None:
+    saga = Saga("order")
+    assert isinstance(SagaRun(saga)._rest(None), RuntimeError)
+    assert isinstance(asyncio.run(AsyncSagaRun(saga)._arest(None)), RuntimeError)
+
+
+def test_a_coroutine_that_is_closed_while_it_waits_for_a_step_is_closed() -> None:
+    async def main() -> None:
+        async with Saga("order") as saga:
+            saga._active = 1
+            raise ArithmeticError
+
+    async def run() -> None:
+        coroutine = main()
+        coroutine.send(None)
+        coroutine.close()
+
+    asyncio.run(run())
+
+
+def test_a_plain_compensation_that_gives_a_coroutine_is_told_when_it_is_called(spy: Spy) -> None:
+    with pytest.raises(SagaStuck) as caught, Saga("order", retries=RETRIES) as saga:
+        saga.step(step, "a", compensate=lambda name: aundo(name))
+        raise ArithmeticError
+    assert "is async, and this saga is not" in str(caught.value.exceptions[0])
 
 
 # -- what is written where the body fails without undo ---------------------------------------------------------------
