@@ -195,11 +195,11 @@ def test_a_file_that_is_not_there_is_not_made(words: tuple[str, ...], tmp_path: 
 
 
 def test_recovery_may_begin_before_the_application(tmp_path: Path, capsys: Out) -> None:
-    for words in (("recover", "--store"), ("worker", "--once")):
-        url = f"sqlite:///{tmp_path}/{words[0]}.db"
-        assert run(*words, *([url, "json"] if words[0] == "worker" else [url])) == 0
-        assert capsys.readouterr().err == f"resilient saga: there is no file {tmp_path}/{words[0]}.db yet: it is made\n"
-        assert (tmp_path / f"{words[0]}.db").exists()
+    for verb, before, after in (("recover", ["--store"], []), ("worker", [], ["json", "--once"])):
+        file = tmp_path / f"{verb}.db"
+        assert run(verb, *before, f"sqlite:///{file}", *after) == 0
+        assert capsys.readouterr().err == f"resilient saga: there is no file {file} yet: it is made\n"
+        assert file.exists()
 
 
 def test_a_reader_that_leaves_is_no_error(spy: Spy, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
