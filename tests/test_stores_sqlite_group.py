@@ -922,12 +922,13 @@ def test_before_a_fork_everything_is_closed_between_two_batches(
     callers.queued(2)
     go.set()
     callers.threads[0].join()
-    while store._group._frozen is None or store._file.writer is not None:
-        CLOCK.sleep(0.0005)
-    assert not store._file._readers
-    assert list(callers.answers) == [0]
-    thawed.set()
-    frozen.join()
+    try:
+        while store._group._frozen is None or store._file.writer is not None or store._file._readers:
+            CLOCK.sleep(0.0005)
+        assert list(callers.answers) == [0]
+    finally:
+        thawed.set()
+        frozen.join()
     assert [type(answer) for answer in callers.end().values()] == [Acquired, Acquired]
 
 
