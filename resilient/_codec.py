@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import os
+import sys
 import typing
 from collections.abc import Callable
 from inspect import unwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
@@ -22,7 +24,7 @@ from resilient._guard import faces
 from resilient.errors import StoreError
 from resilient.policy import whole
 
-__all__ = ["Codec", "Form", "Json", "fingerprint_encoder", "form_of", "returns"]
+__all__ = ["Codec", "Form", "Json", "fingerprint_encoder", "form_of", "real_module", "returns"]
 
 VERSION = 1
 
@@ -290,8 +292,21 @@ class Form:
         return error
 
 
+def real_module(module: str) -> str:
+    """The name under which every process finds `module`: that of `python -m shop`, or of `python shop.py`, is `shop`,
+    and so it is in the processes that multiprocessing spawns. It stays as it is where nobody else can find it.
+    """
+    if module not in ("__main__", "__mp_main__"):
+        return module
+    main = sys.modules.get(module)
+    spec = getattr(main, "__spec__", None)
+    # A script has no module's name, but other processes may import its file.
+    name = Path(getattr(main, "__file__", None) or "").stem if spec is None else str(spec.name)
+    return name or "__main__"
+
+
 def _named(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
+    return f"{real_module(cls.__module__)}:{cls.__qualname__}"
 
 
 def _find(classes: typing.Iterable[type[Exception]], name: str) -> type[Exception] | None:

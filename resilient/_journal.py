@@ -12,13 +12,12 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from resilient._codec import Form, Json, form_of, returns
+from resilient._codec import Form, Json, form_of, real_module, returns
 from resilient._undo import RESULT, UNKNOWN, Compensation, Undo
 from resilient.errors import StoreError
 
@@ -121,15 +120,7 @@ def module_of(function: Any) -> str:
     """The module under which other processes find a function: that of `python -m shop`, or of `python shop.py`, is
     `shop` and not `__main__`.
     """
-    module = str(getattr(function, "__module__", None))
-    return (_main() or module) if module == "__main__" else module
-
-
-def _main() -> str:
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    # A script has no module's name, but other processes may import its file.
-    return Path(getattr(main, "__file__", None) or "").stem if spec is None else str(spec.name)
+    return real_module(str(getattr(function, "__module__", None)))
 
 
 def name_of(function: Any, what: str) -> str:
@@ -171,7 +162,7 @@ def _look(name: str) -> Any:
     """What stands at `module:qualname`, in modules that are imported. No code runs: neither imports nor properties."""
     module, _, qualname = name.partition(":")
     place: Any = sys.modules.get(module)
-    if place is None and module == _main():
+    if place is None and module == real_module("__main__"):
         place = sys.modules["__main__"]
     for part in qualname.split("."):
         try:

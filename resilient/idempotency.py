@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from resilient._binding import Fingerprint, Key, Scope, addresser, check_settings
 from resilient._binding import Hasher as Hasher
-from resilient._codec import Codec, Form, Json, form_of
+from resilient._codec import Codec, Form, Json, form_of, real_module
 from resilient._drive import Cut, Outcome, adrive, drive
 from resilient._guard import faces, kind_of
 from resilient._keeper import TaskKeeper, ThreadKeeper, new_owner
@@ -454,7 +454,7 @@ def identity(target: Any) -> str:
     named = faces(target)[0]
     if not isinstance(getattr(named, "__qualname__", None), str):
         named = named.__class__
-    return f"{named.__module__}:{named.__qualname__}"
+    return f"{real_module(named.__module__)}:{named.__qualname__}"
 
 
 def _late(policy: Idempotent, target: Call) -> Form:
