@@ -200,7 +200,7 @@ class Place:
     client: Any = None
 
 
-TEMPORAL = TemporalEngine(lambda: Place.client, task_queue="sagas", step_timeout=30.0, heartbeat=0.3)
+TEMPORAL = TemporalEngine(lambda: Place.client, task_queue="sagas", step_timeout=30.0, heartbeat=1.0)
 DBOS_ENGINE = DBOSEngine(patience=0.2)
 
 MEMORY = MemoryStore()

@@ -1,13 +1,15 @@
 """A process in the middle of a saga, for tests that stop it: `python -m tests._saga_stop_child URL how LEDGER`.
 
-It says "began" from within its second step, or from within a compensation, and waits there for a line; then it goes on
-and says how the saga ended for it.
+It says "began" from within its second step, or from within a compensation, and stops itself; woken, it waits there for
+a line, goes on, and says how the saga ended for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ def note(what: str) -> None:
         print(where["who"], what, file=ledger)
     if where["stops"] == what:
         print("began", flush=True)
+        # By itself, at once: later it might be in the middle of a heartbeat, with the lock of a file in its hands.
+        os.kill(os.getpid(), signal.SIGSTOP)
         sys.stdin.readline()
 
 

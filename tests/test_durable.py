@@ -296,7 +296,7 @@ def test_a_duplicate_waits_no_longer_than_its_deadline(spy: Spy) -> None:
     place, got = made(spy), list[BaseException]()
 
     def within() -> None:
-        with deadline(0.05), pytest.raises(InFlight) as caught:
+        with deadline(0.3), pytest.raises(InFlight) as caught:
             place("o", id="o-1")
         got.append(caught.value)
 

@@ -205,7 +205,7 @@ def test_compensations_have_timeouts_and_retries_of_their_own(runner: asyncio.Ru
         assert kinds == ["resilient.step"] * 3 + ["resilient.compensation"] * 3
         for order in orders:
             assert scheduled(order).start_to_close_timeout.ToTimedelta() == timedelta(seconds=30)
-            assert scheduled(order).heartbeat_timeout.ToTimedelta() == timedelta(seconds=0.3)
+            assert scheduled(order).heartbeat_timeout.ToTimedelta() == timedelta(seconds=1.0)
         assert [scheduled(order).retry_policy.maximum_attempts for order in orders] == [1, 1, 1, 3, 3, 3]
 
     runner.run(run())

@@ -246,6 +246,19 @@ def test_a_job_that_fails_between_its_two_writes_fails_alone(store: SQLiteStore)
     assert entries(store) == (b"0", b"1", b"2", b"other")
 
 
+@pytest.mark.parametrize("label", ["", "another"])
+def test_an_entry_that_is_written_again_still_renews_and_labels(
+    store: SQLiteStore, clock: FakeClock, label: str
+) -> None:
+    fence = begun(store)
+    clock.advance(5.0)
+    assert store.execute(Append("k", "a", fence, 2, b"again", 30.0, label))
+    assert entries(store) == (b"0", b"1", b"2")
+    record = store.execute(Read("k"))
+    assert record is not None
+    assert (record.label, record.mark) == (label or "label", clock.at() + 30.0)
+
+
 def test_a_gap_is_an_error_and_renews_nothing(store: SQLiteStore, clock: FakeClock) -> None:
     fence = begun(store)
     before = store.execute(History("k"))
