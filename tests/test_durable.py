@@ -197,7 +197,8 @@ def test_dbos_ignores_them_other_arguments_with_an_id_are_refused(spy: Spy) -> N
     assert place("o", id="o-1") == "oABC"
 
 
-def test_a_dead_process_is_followed_by_another_with_the_same_keys(spy: Spy) -> None:
+def test_dbos_strands_what_a_dead_executor_had_here_any_process_follows_with_the_same_keys(spy: Spy) -> None:
+    """DBOS without Conductor: an executor's work is stranded until that same executor returns."""
     keys: list[str] = []
 
     def body(saga: Any, order: str) -> str:
