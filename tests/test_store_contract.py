@@ -690,6 +690,13 @@ def test_long_answers_are_cut() -> None:
         expect(1, str, "No.")
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_page_of_nothing_is_refused_before_a_store_is_asked(limit: int) -> None:
+    """Most stores raised an `IndexError`, each in its own place."""
+    with pytest.raises(ValueError, match=f"limit must be 1 or more, not {limit}"):
+        Scan(limit=limit)
+
+
 def test_cases_have_names_and_worlds() -> None:
     cases = store_contract(MemoryStore, trio=True)
     assert len(cases) == 3 * (len(BODIES) + len(JOURNAL_BODIES))

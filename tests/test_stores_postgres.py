@@ -23,7 +23,7 @@ from psycopg.rows import dict_row, tuple_row
 from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from resilient import stores
+from resilient import Idempotent, stores
 from resilient._contract import Case
 from resilient.clock import SystemClock
 from resilient.stores import (
@@ -163,6 +163,8 @@ def test_our_options_are_taken_out_of_the_url_and_the_rest_is_for_libpq(database
     lane.give(connection)
     made.close()
     assert PostgresStore.from_url("postgresql://h/d?pool_size=7&prefix=a_")._database == "postgresql://h/d"
+    assert stores.open("POSTGRES://H/D?prefix=a_")._database == "postgres://H/D"
+    assert PostgresStore("PostgreSQL://H/D")._database == "postgresql://H/D"
     assert (
         repr(PostgresStore("postgresql://me:secret@h:5/d"))
         == "PostgresStore('host=h port=5 dbname=d', prefix='resilient_')"
@@ -182,7 +184,7 @@ def test_our_options_are_taken_out_of_the_url_and_the_rest_is_for_libpq(database
         (lambda: PostgresStore("nonsense"), ValueError, "database must be"),
         (lambda: PostgresStore(5), TypeError, "database must be"),  # type: ignore[arg-type]  # pyright: ignore
         (lambda: PostgresStore.from_url("postgresql://h/d?pool_size=many"), ValueError, "pool_size must be a number"),
-        (lambda: PostgresStore.from_url("postgresql://h/d?colour=red"), ValueError, "colour"),
+        (lambda: PostgresStore.from_url("postgresql://h/d?colour=red"), ValueError, "^url: .*colour"),
     ],
 )
 def test_a_wrong_setting_is_named(make: Callable[[], Any], error: type[Exception], says: str) -> None:
@@ -493,6 +495,33 @@ def test_on_the_users_async_connection_too(store: PostgresStore, database: str) 
             await user.rollback()
         assert await store.aexecute(Read("k")) is None
         store.close()
+
+    asyncio.run(main())
+
+
+def test_a_connection_in_pipeline_mode_is_refused_by_name(store: PostgresStore, database: str) -> None:
+    """Its cursors have no result yet: `'NoneType' object has no attribute 'ntuples'`."""
+    store.prepare()
+    idempotent = Idempotent(store, key="key", name="pipeline")
+    with psycopg.connect(database) as user:
+        with user.pipeline(), pytest.raises(RuntimeError, match="the connection is in pipeline mode"):
+            store.on(user, Read("k"))
+        with user.pipeline(), pytest.raises(RuntimeError, match="the connection is in pipeline mode"):
+            with idempotent.transaction(user, "k"):
+                raise AssertionError("unreachable")
+        with idempotent.transaction(user, "k") as claim, user.pipeline():
+            user.execute("SELECT 1")
+            claim.result = 1
+        with idempotent.transaction(user, "k") as claim:
+            assert (claim.replayed, claim.result) == (True, 1)
+
+    async def main() -> None:
+        async with await psycopg.AsyncConnection.connect(database) as user, user.pipeline():
+            with pytest.raises(RuntimeError, match="the connection is in pipeline mode"):
+                await store.aon(user, Read("k"))
+            with pytest.raises(RuntimeError, match="the connection is in pipeline mode"):
+                async with idempotent.transaction(user, "j"):
+                    raise AssertionError("unreachable")
 
     asyncio.run(main())
 

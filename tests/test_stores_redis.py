@@ -194,7 +194,7 @@ def test_a_password_is_not_shown() -> None:
         ("redis://h?timeout=inf", "timeout must be a positive"),
         ("redis://h?max_connections=0", "max_connections must be"),
         ("redis://h?colour=red", "option that redis-py does not take"),
-        ("http://h", "must be a URL that begins with one of redis, rediss"),
+        ("http://h", "the URL must begin with one of redis, rediss"),
     ],
 )
 def test_what_a_url_cannot_mean_is_an_error(url: str, text: str) -> None:

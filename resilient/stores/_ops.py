@@ -240,6 +240,11 @@ class Scan(Op[Page], frozen=True, gc=False):
     text: str = ""
     state: str = ""
 
+    def __post_init__(self) -> None:
+        # A page of nothing has no end from which the next one could begin.
+        if self.limit < 1:
+            raise ValueError(f"limit must be 1 or more, not {self.limit!r}")
+
 
 class Purge(Op[int], frozen=True, gc=False):
     """Remove up to `batch` records that ended, by result or by doubt, at least `older_than` seconds ago.

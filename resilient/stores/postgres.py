@@ -105,10 +105,7 @@ class PostgresStore:
         self.prefix, self.timeout = prefix, seconds("timeout", timeout)
         self._size = whole("pool_size", pool_size)
         if isinstance(database, str):
-            try:
-                conninfo_to_dict(database)
-            except psycopg.ProgrammingError as exc:
-                raise ValueError(f"database must be a conninfo string or URL: {str(exc).strip()}") from None
+            database = _checked("database must be a conninfo string or URL", database)
         elif not hasattr(database, "getconn"):
             raise TypeError(f"database must be a conninfo string or a pool of psycopg_pool, not {database!r}")
         self._database: Any = database
@@ -131,7 +128,7 @@ class PostgresStore:
                 options[_OPTIONS[name][0]] = _OPTIONS[name][1](unquote(value))
             except ValueError:
                 raise ValueError(f"url: {name} must be a number, not {value!r}") from None
-        return cls("?".join([base, "&".join(rest)]) if rest else base, **options)
+        return cls(_checked("url", "?".join([base, "&".join(rest)]) if rest else base), **options)
 
     def _forget_all(self) -> None:
         """Begin without connections: at first, and in the child of a fork, which must not touch its parent's."""
@@ -205,7 +202,9 @@ class PostgresStore:
         """Carry out `op` on this connection, in the transaction that is open there or begins by this.
 
         Nothing is committed or rolled back. psycopg's errors come out as they are, but for a missing table.
+        `RuntimeError` in pipeline mode.
         """
+        _piped(connection)
         statement, cursor = self._statements[type(op)], psycopg.Cursor(connection, row_factory=tuple_row)
         for _ in range(_ROUNDS):
             try:
@@ -220,6 +219,7 @@ class PostgresStore:
 
     async def aon(self, connection: psycopg.AsyncConnection[Any], op: Op[R], /) -> R:
         """Carry out `op` on this connection, in the transaction that is open there or begins by this; see `on`."""
+        _piped(connection)
         statement, cursor = self._statements[type(op)], psycopg.AsyncCursor(connection, row_factory=tuple_row)
         for _ in range(_ROUNDS):
             try:
@@ -417,6 +417,27 @@ class _TasksOnly(PostgresStore):
 
     def _alane(self) -> AsyncBorrowedLane:
         return AsyncBorrowedLane(self._database)
+
+
+def _checked(what: str, database: str) -> str:
+    """A conninfo string or URL as libpq reads it, to which schemes in capital letters are none."""
+    scheme, colon, rest = database.partition("://")
+    if scheme.lower() in ("postgres", "postgresql"):
+        database = f"{scheme.lower()}{colon}{rest}"
+    try:
+        conninfo_to_dict(database)
+    except psycopg.ProgrammingError as exc:
+        raise ValueError(f"{what}: {str(exc).strip()}") from None
+    return database
+
+
+def _piped(connection: Any) -> None:
+    """Raise for a connection on which answers come later."""
+    if connection.pgconn.pipeline_status:
+        raise RuntimeError(
+            "the connection is in pipeline mode, in which no answer comes before the next sync, and a claim is an "
+            "answer: leave the `with connection.pipeline()` block first, or begin one inside of this block"
+        )
 
 
 def _text(exc: BaseException) -> str:

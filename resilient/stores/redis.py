@@ -240,7 +240,7 @@ class _UrlStore(_Threads, _Tasks):
         parts = urlsplit(where)
         if parts.scheme not in _SCHEMES:
             # No more of it than this: there may be a password in it.
-            raise ValueError(f"where must be a URL that begins with one of {', '.join(_SCHEMES)}, not {parts.scheme!r}")
+            raise ValueError(f"the URL must begin with one of {', '.join(_SCHEMES)}, not {parts.scheme!r}")
         url = _SCHEMES[parts.scheme] + where[len(parts.scheme) :]
         try:
             import redis
@@ -257,7 +257,7 @@ class _UrlStore(_Threads, _Tasks):
                 pool.connection_class(**pool.connection_kwargs)  # connects to nothing; but knows its options
                 made.append(pool)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"where has an option that redis-py does not take: {error}") from error
+            raise ValueError(f"the URL has an option that redis-py does not take: {error}") from error
         threads, tasks = made
         # The pool's own default is another one in each version of the driver.
         most = int(dict(parse_qsl(parts.query)).get("max_connections", 100))
