@@ -60,6 +60,8 @@ __all__ = [
 STATES = {"running": "running", "compensating": "running", "orphaned": "in doubt", "stuck": "in doubt"}
 """The state of the record, by that of the saga; for the others it is "done"."""
 
+ALL_STATES = (*STATES, "done", "aborted", "abandoned", "damaged")
+
 
 def vouch(*modules: str) -> None:
     """Import these modules, and let journals name functions of theirs, and of what is inside them.
@@ -124,7 +126,11 @@ async def arecover(
 
 
 def list_sagas(store: Any, *, state: str = "", name: str = "") -> list[SagaRecord]:
-    """The sagas in a store, of one `state` and `name` if given. `state="stuck"`: those that need a person."""
+    """The sagas in a store, of one `state` and `name` if given. `state="stuck"`: those that need a person.
+
+    The others are running, compensating, orphaned (to be recovered), done, aborted, abandoned and damaged (no journal
+    of ours); any other word is a `ValueError`.
+    """
     store = _store(store)
     found: list[SagaRecord] = drive(_listing(state, name), store, SYSTEM, never, (), {}).result()
     return found
@@ -150,6 +156,8 @@ async def ashow(store: Any, id: str, *, name: str = "") -> Story:
 
 
 def _listing(state: str, name: str) -> Program:
+    if state not in ("", *ALL_STATES):
+        raise ValueError(f"state must be one of {', '.join(ALL_STATES)}, not {state!r}")
     found = yield from pages("" if not state else STATES.get(state, "done"))
     each = (one for page in found for one in page)
     return Outcome([one for one in each if state in ("", one.state) and name in ("", one.name)], None)

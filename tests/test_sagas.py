@@ -23,6 +23,7 @@ from resilient import (
     SagaError,
     SagaStuck,
     StoreError,
+    _cli_saga,
     call,
     durable,
     sagas,
@@ -585,6 +586,17 @@ def test_lists_are_by_state_and_name(spy: Spy) -> None:
     assert [str(one) for one in sagas.list_sagas(spy, state="done")] == ["order/o-2"]
     assert [str(one) for one in sagas.list_sagas(spy, state="aborted", name="order")] == ["order/o-3"]
     assert sagas.list_sagas(spy, state="aborted", name="block") == []
+
+
+def test_a_state_that_there_is_not_is_refused(spy: Spy) -> None:
+    """`state="stucc"` was an empty list, as if nothing needed a person."""
+    says = "state must be one of running, compensating, orphaned, stuck, done, aborted, abandoned, damaged, not 'stucc'"
+    with pytest.raises(ValueError, match=says):
+        sagas.list_sagas(spy, state="stucc")
+    with pytest.raises(ValueError, match=says):
+        asyncio.run(sagas.alist_sagas(spy, state="stucc"))
+    assert spy.ops == []
+    assert sagas.ALL_STATES == _cli_saga.STATES
 
 
 def test_other_records_are_no_sagas(spy: Spy) -> None:
