@@ -37,9 +37,10 @@ class Saga:
     """A saga as a block: `with Saga("order") as saga:`, or `async with`. Each object is for one block.
 
     - `id` names this saga among those of its name; by default it is random.
-    - `store`, a store or its URL, journals it. If this process dies, another undoes what was done
-      (`resilient.sagas.recover`, or `resilient saga recover URL`). Steps and compensations must then be functions at
-      the top of a module, and their arguments and results plain data, or typed by annotations.
+    - `store`, a store or its URL, journals it. If this process dies, another undoes what was done, by
+      `resilient.sagas.recover(URL, modules=["shop"])` or `resilient saga recover --store URL --module shop`: it calls
+      functions of modules only that it vouches for. Steps and compensations must then be functions at the top of a
+      module, and their arguments and results plain data, or typed by annotations.
     - `timeout` is for the steps together, in seconds. It is an ambient deadline inside of them; when it is over, what
       awaits is cut off with `CallTimeout`, and no other step begins (`DeadlineExceeded`). So it is with an ambient
       deadline around the saga. Compensations are under no deadline at all.

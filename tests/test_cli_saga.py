@@ -415,6 +415,32 @@ def test_a_real_worker_finishes_what_a_killed_process_left_and_ends_at_sigterm(t
     assert (tmp_path / "ledger").read_text().split() == ["a", "b", "b", "c"]
 
 
+def test_a_block_of_a_script_is_undone_by_a_fresh_process_that_vouches_for_it(tmp_path: Path) -> None:
+    """As the docs have it: without `--module` it is left, whatever the store says."""
+    page = Path(__file__).parents[1].joinpath("docs/how-to/sagas.md").read_text()
+    script = page.partition('SHOP = """')[2].partition('"""')[0]
+    (tmp_path / "shop.py").write_text(script.replace("lease=1.0", "lease=0.01"))
+    root = str(Path(stores.__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    killed = subprocess.run([sys.executable, "shop.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, "reserved A-1\n")
+
+    def recover(*words: str) -> list[str]:
+        command = [sys.executable, "-m", "resilient", "saga", "recover", "--store", "sqlite:///orders.db", *words]
+        while True:  # Until its lease is over.
+            said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True).stdout.splitlines()
+            if said != ["0 finished, 0 undone, 0 stuck"]:
+                return said
+
+    left, count = recover()
+    assert "left  order/o-1: LookupError: the journal names shop:release, and this process does not vouch" in left
+    assert count == "0 finished, 0 undone, 0 stuck, 1 left"
+    released, undone, count = recover("--module", "shop")
+    assert released == "released A-1"
+    assert undone.endswith("  undone  order/o-1")
+    assert count == "0 finished, 1 undone, 0 stuck"
+
+
 def test_errors_and_instants_are_told_plainly() -> None:
     assert _cli_saga._told(LookupError()) == ""
     assert _cli_saga._told(KeyError("x")) == "'x'"
