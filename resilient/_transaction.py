@@ -53,7 +53,14 @@ class Transaction:
     _inner: Any
 
     def __init__(
-        self, policy: Idempotent, connection: Any, key: Any, payload: Any, scope: str | None, returns: Any
+        self,
+        policy: Idempotent,
+        whose: str,
+        connection: Any,
+        key: Any,
+        payload: Any,
+        scope: str | None,
+        returns: Any,
     ) -> None:
         from resilient.idempotency import Hasher
 
@@ -63,7 +70,7 @@ class Transaction:
         self._policy, self._connection = policy, connection
         self._print = "" if payload is ... else fingerprint_of(payload)
         text = key_text(key)
-        stored, self._label = Hasher(policy._given_name or "transaction")(str(fixed), text)
+        stored, self._label = Hasher(whose)(str(fixed), text)
         self._hold = TransactionClaim(text, stored)
         self._form = Form(policy.codec, returns, policy.remember)
 

@@ -9,8 +9,11 @@ Costs two round trips to the store for a first call and one for a replay. Safe f
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 from resilient._binding import Fingerprint, Key, Scope, addresser, check_settings
 from resilient._binding import Hasher as Hasher
@@ -87,7 +90,7 @@ class Idempotent(Policy):
     ('charged 500 for o-1', 'charged 500 for o-1')
     """
 
-    __slots__ = ("_given_name", "_how", "_store", "codec", "fingerprint", "key", "remember", "scope")
+    __slots__ = ("_fitted", "_given_name", "_how", "_store", "codec", "fingerprint", "key", "remember", "scope")
 
     role = "idempotent"
 
@@ -127,6 +130,8 @@ class Idempotent(Policy):
         if name is not None and not (isinstance(name, str) and name):
             raise TypeError(f"name must be some text, not {name!r}")
         self._given_name = name
+        # The functions that it guards, as the store knows them.
+        self._fitted: set[str] = set()
         how.name = name or "idempotent"
         self._store = shared(store) if isinstance(store, str) else store
         if not any(callable(getattr(self._store, way, None)) for way in ("execute", "aexecute")):
@@ -192,11 +197,21 @@ class Idempotent(Policy):
         `with` for a `sqlite3` or `psycopg` connection, `async with` for an `aiosqlite` or async `psycopg` one. The
         block gets a claim: if it is `replayed`, its `result` is there and there is nothing to do; else do the work on
         the same connection and set `claim.result`. `returns` is the type that comes back, `payload` is what must be
-        equal for one key. See `docs/how-to/idempotency.md`.
+        equal for one key. See `docs/how-to/idempotency.md`. Keys are those of the policy's `name`; without one, of the
+        only function that it guards; else `TypeError`, since other policies of the store must not share them.
         """
         from resilient._transaction import Transaction
 
-        return Transaction(self, connection, key, payload, scope, returns)
+        whose = self._given_name
+        if whose is None:
+            if len(self._fitted) != 1:
+                raise TypeError(
+                    "the keys of transaction() belong to the policy's name, and it has none (nor just one function "
+                    'that it guards): give it one, Idempotent(…, name="orders"), that no other effect in this store has'
+                )
+            # Not those of the function itself, which may use this inside of a call with the same key.
+            whose = f"{next(iter(self._fitted))} in a transaction"
+        return Transaction(self, whose, connection, key, payload, scope, returns)
 
     def purge(self, older_than: float, batch: int = 1000) -> int:
         """Remove the records of this store that ended at least `older_than` seconds ago, and say how many those were.
@@ -232,6 +247,8 @@ class Fitted:
         self._policy, self._target = policy, target
         shown = policy.name or "idempotent"
         self._label = policy._given_name or identity(target)
+        _alone(policy.store, self._label, target)
+        policy._fitted.add(self._label)
         self._marked = False
         if kind_of(target) in ("sync", "coro"):
             try:
@@ -455,6 +472,45 @@ def identity(target: Any) -> str:
     if not isinstance(getattr(named, "__qualname__", None), str):
         named = named.__class__
     return f"{real_module(named.__module__)}:{named.__qualname__}"
+
+
+# The functions that have records in a store, by the name under which it knows them: what and where they are.
+_known: WeakKeyDictionary[Any, dict[str, tuple[str, Any]]] = WeakKeyDictionary()
+
+
+def _alone(store: Any, label: str, target: Any) -> None:
+    """`TypeError` if another function has its records in `store` under that name: one would get the other's results.
+
+    The same function again is fine, and so is one that takes its place: after a reload, or at a prompt.
+    """
+    code = getattr(faces(target)[0], "__code__", None) or getattr(faces(target)[1], "__code__", None)
+    code = code if isinstance(code, CodeType) else None
+    name = identity(target)
+    try:
+        known = _known.setdefault(store, {})
+    except TypeError:
+        return  # A store that cannot be known again.
+    before = known.setdefault(label, (name, code))
+    if before[0] == name and ("<" not in name or _replaces(code, before[1])):
+        return
+    raise TypeError(
+        f"{_said(name, code)} and {_said(*before)} would share the records of {label!r} in {store!r}: give each a name "
+        "of its own, Idempotent(…, name=…)"
+    )
+
+
+def _replaces(code: CodeType | None, before: CodeType | None) -> bool:
+    """Whether the code of one function without a name of its own stands where that of the other does, or did."""
+    if code is None or before is None or hasattr(sys, "ps1"):
+        return True
+    if (code.co_filename, code.co_firstlineno) != (before.co_filename, before.co_firstlineno):
+        return False
+    # One line can have several lambdas.
+    return code.co_name != "<lambda>" or code == before
+
+
+def _said(name: str, code: CodeType | None) -> str:
+    return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _late(policy: Idempotent, target: Call) -> Form:

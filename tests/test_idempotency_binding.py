@@ -459,7 +459,7 @@ def test_a_scope_out_of_the_arguments(fingerprint: bool) -> None:
     assert len(labels(store)) == 2
 
 
-def test_functions_do_not_share_keys_unless_they_share_a_name() -> None:
+def test_functions_do_not_share_keys_nor_a_name() -> None:
     store = MemoryStore()
 
     def one(key: str) -> str:
@@ -471,7 +471,10 @@ def test_functions_do_not_share_keys_unless_they_share_a_name() -> None:
     policy = Idempotent(store, key="key")
     assert (policy(one)("k"), policy(two)("k")) == ("one", "two")
     assert Idempotent(store, key="key", name="moved")(one)("k") == "one"
-    assert Idempotent(store, key="key", name="moved")(two)("k") == "one"
+    assert Idempotent(store, key="key", name="moved")(one)("k") == "one"
+    with pytest.raises(TypeError, match=r"two .* and .*one .* would share the records of 'moved'"):
+        Idempotent(store, key="key", name="moved")(two)
+    assert Idempotent(MemoryStore(), key="key", name="moved")(two)("k") == "two"
 
 
 # -- the fingerprint ---------------------------------------------------------------------------------------------------

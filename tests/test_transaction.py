@@ -143,7 +143,7 @@ def lite(tmp_path: Path) -> Bench:
 
 def test_effect_and_record_are_committed_once_and_replayed(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         for turn in range(3):
             async with (
                 bench.connection() as connection,
@@ -166,7 +166,7 @@ def test_effect_and_record_are_committed_once_and_replayed(bench: Bench) -> None
 
 def test_the_block_sees_its_claim(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             keys: list[str] = []
             for error in (Boom, None):
@@ -189,7 +189,7 @@ def test_the_block_sees_its_claim(bench: Bench) -> None:
 
 def test_an_error_undoes_effect_and_record(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             with pytest.raises(Boom):
                 async with bench.block(policy, connection, "o-1"):
@@ -208,7 +208,7 @@ def test_an_error_undoes_effect_and_record(bench: Bench) -> None:
 def test_inside_an_open_transaction_it_lives_and_dies_with_that(bench: Bench, verb: str) -> None:
     async def main() -> None:
         bench.store.execute(Claim("unrelated", "x", 30.0))  # the tables are there
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             await bench.do(connection, "before")
             async with bench.block(policy, connection, "o-1"):
@@ -230,7 +230,7 @@ def test_inside_an_open_transaction_it_lives_and_dies_with_that(bench: Bench, ve
 def test_an_error_that_is_remembered_is_kept_and_its_work_undone(bench: Bench, inside: bool) -> None:
     async def main() -> None:
         bench.store.execute(Claim("unrelated", "x", 30.0))
-        policy = Idempotent(bench.store, key="unused", remember=Declined)
+        policy = Idempotent(bench.store, key="unused", name="effects", remember=Declined)
         for turn in range(2):
             async with bench.connection() as connection:
                 if inside:
@@ -253,7 +253,7 @@ def test_an_error_that_is_remembered_is_kept_and_its_work_undone(bench: Bench, i
 
 def test_with_errors_that_are_remembered_a_success_is_one_too(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused", remember=Declined)
+        policy = Idempotent(bench.store, key="unused", name="effects", remember=Declined)
         for turn in range(2):
             async with bench.connection() as connection, bench.block(policy, connection, "o-1") as hold:
                 if turn == 0:
@@ -267,7 +267,7 @@ def test_with_errors_that_are_remembered_a_success_is_one_too(bench: Bench) -> N
 
 def test_other_payloads_are_refused(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused", in_doubt="rerun")
+        policy = Idempotent(bench.store, key="unused", name="effects", in_doubt="rerun")
         async with bench.connection() as connection:
             async with bench.block(policy, connection, "o-1", payload=[5]):
                 pass
@@ -289,7 +289,7 @@ def test_other_payloads_are_refused(bench: Bench) -> None:
 
 def test_a_result_that_cannot_be_kept_undoes_the_effect(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             with pytest.raises(TypeError, match="cannot be written as JSON"):
                 async with bench.block(policy, connection, "o-1") as hold:
@@ -336,7 +336,7 @@ def test_what_a_call_elsewhere_has_left(bench: Bench, state: str, in_doubt: Any)
 
 
 def test_whoever_comes_with_the_same_key_waits_and_gets_the_result(bench: Bench) -> None:
-    policy = Idempotent(bench.store, key="unused")
+    policy = Idempotent(bench.store, key="unused", name="effects")
     ran: list[int] = []
     ready = threading.Barrier(4)
 
@@ -365,7 +365,7 @@ def test_whoever_comes_with_the_same_key_waits_and_gets_the_result(bench: Bench)
 @pytest.mark.parametrize("verb", ["commit", "rollback"])
 def test_a_transaction_that_is_ended_inside_the_block_is_an_error(bench: Bench, verb: str) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             with pytest.raises((StoreError, psycopg.ProgrammingError)) as caught:
                 async with bench.block(policy, connection, "o-1"):
@@ -382,7 +382,7 @@ def test_a_transaction_that_is_ended_inside_the_block_is_an_error(bench: Bench, 
 
 def test_a_transaction_that_is_ended_and_begun_again_inside_is_an_error_too(lite: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(lite.store, key="unused")
+        policy = Idempotent(lite.store, key="unused", name="effects")
         for open_before in (False, True):
             async with lite.connection() as connection:
                 if open_before:
@@ -404,7 +404,7 @@ def test_constraints_that_are_checked_at_the_end_are_the_users_own_errors(lite: 
     lite.sql("CREATE TABLE child (id REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
 
     async def main() -> None:
-        policy = Idempotent(lite.store, key="unused")
+        policy = Idempotent(lite.store, key="unused", name="effects")
         for way in ("sqlite3", "aiosqlite"):
             lite.way = way
             async with lite.connection() as connection:
@@ -428,7 +428,7 @@ def test_a_database_that_is_locked_is_a_store_error(lite: Bench, way: str) -> No
     lite.store.prepare()
 
     async def main() -> None:
-        policy = Idempotent(lite.store, key="unused")
+        policy = Idempotent(lite.store, key="unused", name="effects")
         with lite.other() as other:
             other.execute("BEGIN IMMEDIATE")
             async with lite.connection() as connection:
@@ -445,7 +445,7 @@ def test_a_database_that_is_locked_is_a_store_error(lite: Bench, way: str) -> No
 
 @pytest.mark.parametrize("level", [None, "DEFERRED", "EXCLUSIVE"])
 def test_each_mode_of_a_sqlite3_connection(lite: Bench, level: Any) -> None:
-    policy = Idempotent(lite.store, key="unused")
+    policy = Idempotent(lite.store, key="unused", name="effects")
     with closing(sqlite3.connect(lite.target, isolation_level=level)) as connection:
         connection.row_factory = lambda cursor, row: pytest.fail("rows of the store are not the user's")
         with policy.transaction(connection, "o-1") as hold:
@@ -458,7 +458,7 @@ def test_each_mode_of_a_sqlite3_connection(lite: Bench, level: Any) -> None:
 
 def test_a_block_inside_a_block_has_its_own_claim(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             async with bench.block(policy, connection, "out") as outer:
                 async with bench.block(policy, connection, "in") as inner:
@@ -485,7 +485,7 @@ def test_stores_that_have_no_transactions_are_refused(bad: str, tmp_path: Path) 
     store = stores[bad]()
     with closing(sqlite3.connect(tmp_path / "x.db")) as connection:
         with pytest.raises(TypeError, match="cannot take part in a transaction: SQLite and PostgreSQL stores can"):
-            with Idempotent(store, key="unused").transaction(connection, "o-1"):
+            with Idempotent(store, key="unused", name="effects").transaction(connection, "o-1"):
                 pytest.fail("must not run")
         assert not connection.in_transaction
 
@@ -499,7 +499,7 @@ class Faceless:
 @pytest.mark.parametrize("connection", [None, Faceless(), "sqlite:///x.db"])
 def test_what_is_no_connection_is_refused(lite: Bench, connection: Any) -> None:
     async def main() -> None:
-        policy = Idempotent(lite.store, key="unused")
+        policy = Idempotent(lite.store, key="unused", name="effects")
         with pytest.raises(TypeError, match="`with` cannot use a "):
             with policy.transaction(connection, "o-1"):
                 pytest.fail("must not run")
@@ -514,7 +514,7 @@ def test_what_is_no_connection_is_refused(lite: Bench, connection: Any) -> None:
 
 def test_the_wrong_kind_of_with_is_refused(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             if bench.way in ("sqlite3", "psycopg"):
                 with pytest.raises(TypeError, match="`async with` cannot use a Connection here"):
@@ -533,7 +533,7 @@ def test_a_connection_to_another_kind_of_database_is_refused(lite: Bench, postgr
     with closing(sqlite3.connect(lite.target)) as connection, psycopg.connect(postgres_database) as other:
         for store, wrong, driver in ((postgres, connection, "psycopg"), (lite.store, other, "sqlite3")):
             with pytest.raises(TypeError, match=f"cannot use a Connection: its own are of {driver}"):
-                with Idempotent(store, key="unused").transaction(wrong, "o-1"):
+                with Idempotent(store, key="unused", name="effects").transaction(wrong, "o-1"):
                     pytest.fail("must not run")
     postgres.close()
     lite.store.close()
@@ -545,27 +545,27 @@ def test_a_store_of_somebody_else_may_take_part(lite: Bench) -> None:
             self.execute, self.on, self.prepare = inner.execute, inner.on, inner.prepare
 
     with closing(sqlite3.connect(lite.target)) as connection:
-        with Idempotent(Mine(lite.store), key="unused").transaction(connection, "o-1") as hold:
+        with Idempotent(Mine(lite.store), key="unused", name="effects").transaction(connection, "o-1") as hold:
             hold.result = 1
     assert lite.states == ["done"]
     lite.store.close()
 
 
 def test_a_scope_out_of_arguments_must_be_given(lite: Bench) -> None:
-    policy = Idempotent(lite.store, key="unused", scope=lambda order: order)
+    policy = Idempotent(lite.store, key="unused", name="effects", scope=lambda order: order)
     with closing(sqlite3.connect(lite.target)) as connection:
         with pytest.raises(TypeError, match="scope must be given"):
             policy.transaction(connection, "o-1")
         with policy.transaction(connection, "o-1", scope="a") as one:
             one.result = 1
-        with Idempotent(lite.store, key="unused", scope="a").transaction(connection, "o-1") as two:
+        with Idempotent(lite.store, key="unused", name="effects", scope="a").transaction(connection, "o-1") as two:
             assert two.result == 1
     lite.store.close()
 
 
 def test_a_result_that_is_not_what_was_asked_for_is_a_store_error(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             async with bench.block(policy, connection, "o-1") as hold:
                 hold.result = "text"
@@ -580,7 +580,7 @@ def test_a_result_that_is_not_what_was_asked_for_is_a_store_error(bench: Bench) 
 
 def test_a_claim_that_vanishes_inside_the_block_is_an_error(bench: Bench) -> None:
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             with pytest.raises(StoreError, match="the claim of 'o-1' is gone"):
                 async with bench.block(policy, connection, "o-1") as hold:
@@ -601,7 +601,7 @@ def test_the_first_block_of_all_may_be_inside_an_open_transaction(bench: Bench) 
     """The tables of the store are made by another connection: PostgreSQL lets it, SQLite has to be prepared."""
 
     async def main() -> None:
-        policy = Idempotent(bench.store, key="unused")
+        policy = Idempotent(bench.store, key="unused", name="effects")
         async with bench.connection() as connection:
             await bench.do(connection, "before")
             if "sqlite" in bench.way:
@@ -627,7 +627,7 @@ def test_a_store_that_cannot_be_opened_is_a_store_error(tmp_path: Path) -> None:
     store = SQLiteStore(tmp_path)  # a directory
     with closing(sqlite3.connect(tmp_path / "x.db")) as connection:
         with pytest.raises(StoreError) as caught:
-            with Idempotent(store, key="unused").transaction(connection, "o-1"):
+            with Idempotent(store, key="unused", name="effects").transaction(connection, "o-1"):
                 pytest.fail("must not run")
         assert not hasattr(caught.value, "__notes__")
         assert not connection.in_transaction
@@ -636,7 +636,7 @@ def test_a_store_that_cannot_be_opened_is_a_store_error(tmp_path: Path) -> None:
 
 def test_a_block_that_ends_in_another_context_leaves_the_claim_there_alone(lite: Bench) -> None:
     with closing(sqlite3.connect(lite.target)) as connection:
-        block = Idempotent(lite.store, key="unused").transaction(connection, "o-1")
+        block = Idempotent(lite.store, key="unused", name="effects").transaction(connection, "o-1")
         contextvars.Context().run(block.__enter__)
         contextvars.Context().run(block.__exit__, None, None, None)
     assert lite.states == ["done"]
@@ -647,7 +647,7 @@ def test_no_frame_lingers_in_a_cycle_after_a_replayed_error(lite: Bench) -> None
     class Marker:
         pass
 
-    policy = Idempotent(lite.store, key="unused", remember=Declined)
+    policy = Idempotent(lite.store, key="unused", name="effects", remember=Declined)
     connection = sqlite3.connect(lite.target)
 
     def once() -> weakref.ref[Any]:
@@ -668,3 +668,35 @@ def test_no_frame_lingers_in_a_cycle_after_a_replayed_error(lite: Bench) -> None
         gc.enable()
     connection.close()
     lite.store.close()
+
+
+def test_the_keys_of_a_block_belong_to_the_name_of_its_policy(lite: Bench) -> None:
+    """Two policies with equal settings are two effects: the second must not get the first one's result."""
+    orders, refunds = (Idempotent(lite.store, key="order_id") for _ in range(2))
+    with closing(sqlite3.connect(lite.target)) as connection:
+        for policy in (orders, refunds):
+            with pytest.raises(TypeError, match=r'give it one, Idempotent\(…, name="orders"\)'):
+                policy.transaction(connection, "o-1")
+
+        @orders
+        def order(order_id: str) -> str:
+            return "ordered"
+
+        @refunds
+        def refund(order_id: str) -> str:
+            return "refunded"
+
+        with refunds.transaction(connection, "o-1") as hold:
+            assert not hold.replayed
+            hold.result = "refunded in one"
+        assert (order("o-1"), refund("o-1")) == ("ordered", "refunded")
+        for policy, replayed in ((orders, False), (refunds, True), (orders, True)):
+            with policy.transaction(connection, "o-1") as hold:
+                assert hold.replayed is replayed
+
+        @refunds
+        def undo(order_id: str) -> str:
+            return "undone"
+
+        with pytest.raises(TypeError, match="nor just one function"):
+            refunds.transaction(connection, "o-1")
