@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from resilient._undo import Undo
     from resilient.policy import Env
 
-__all__ = ["Book", "label_of", "stored_key"]
+__all__ = ["Book", "in_flight", "label_of", "stored_key"]
 
 TTL = 30 * 86_400.0
 """How long the record of a saga that has ended is kept, in seconds."""
@@ -59,6 +59,11 @@ def stored_key(saga: str, id: str) -> str:
 def label_of(saga: str, id: str, version: int, state: str) -> str:
     """What people and scans find a saga by."""
     return write({"saga": saga, "id": id, "version": version, "state": state}).decode()
+
+
+def in_flight(saga: str, id: str, retry_after: float) -> InFlight:
+    """What is raised where somebody else has the saga."""
+    return InFlight(saga, id, retry_after, "a saga with this id is running")
 
 
 class Book:
@@ -345,10 +350,11 @@ class Book:
 
     def _taken(self, reply: Any) -> Exception:
         if type(reply) is Busy:
-            return InFlight(self.saga, self.id, reply.lease_left)
+            return in_flight(self.saga, self.id, reply.lease_left)
         if type(reply) is Completed:
             return SagaError("it has ended already: an id is for one saga", self.saga, self.id)
-        return SagaError("it was left unfinished by another process: recover it", self.saga, self.id)
+        text = "it was left unfinished by another process: recover it; if it is stuck, resume, compensate or abandon it"
+        return SagaError(text, self.saga, self.id)
 
 
 def _said(name: str, undo: str, forward: bool) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from resilient._run import Run
     from resilient._steps import AsyncSagaRun, SagaRun
 
-__all__ = ["Nested", "announcing", "had", "in_tasks", "in_threads", "values"]
+__all__ = ["Nested", "announcing", "had", "in_tasks", "in_threads", "unkept", "values"]
 
 
 def announcing(run: Run, made: list[tuple[Undo, Any]]) -> list[Any]:
@@ -61,7 +61,13 @@ def values(run: Run, made: list[tuple[Undo, Any]], outcomes: list[Outcome]) -> N
             try:
                 run._book.pending[undo.number] = Raw(result_form(function, undo.name).keep(undo.value))
             except Exception as error:
+                unkept(error, undo.name)
                 outcome.error = error
+
+
+def unkept(error: BaseException, name: str) -> None:
+    """Say whose result it is that cannot be written."""
+    error.add_note(f"resilient: step {name} ran, and its result is not kept")
 
 
 def in_threads(run: Run, made: list[tuple[Undo, Any]]) -> list[Outcome]:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 
 from resilient import _threads
-from resilient._book import Book
+from resilient._book import Book, in_flight
 from resilient._drive import Outcome, Program, adrive, drive
 from resilient._guard import kind_of
 from resilient._journal import called_by
@@ -146,7 +146,7 @@ def _plan(job: Job) -> Program:
         raise LookupError(f"there is no saga {job.name} with the id {job.id!r}")
     if got[0].state == "running":
         reply = yield from look(book.beat, job.lease)
-        raise InFlight(job.name, job.id, reply.lease_left if type(reply) is Busy else 0.0)
+        raise in_flight(job.name, job.id, reply.lease_left if type(reply) is Busy else 0.0)
     if got[0].state == "done":
         raise SagaError(f"it has ended already: {ended(got[0].result).saga}", job.name, job.id)
     head = book.load(got[1])
@@ -156,7 +156,10 @@ def _plan(job: Job) -> Program:
     if head.input is not UNSET and book.failed is None and job.again != "compensate":
         raise LookupError(f"no durable saga named {job.name!r} is known here: import its module")
     if job.again == "resume" and book.failed is None:
-        raise SagaError("it was a block, which cannot be run again: compensate it, or abandon it", job.name, job.id)
+        text = "it was a block, which cannot be run again: compensate it, or abandon it"
+        if book.forward:
+            text = "it was a block, which cannot be run again, and is past its pivot: abandon it"
+        raise SagaError(text, job.name, job.id)
     undos = [] if book.forward else book.left()
     return Outcome(_Plan(None, Raw(), any(kind_of(called_by(undo)) != "sync" for undo in undos)), None)
 

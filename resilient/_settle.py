@@ -81,7 +81,8 @@ def settle(
         return (yield from _settle(saga, run, book, error, guarded, ok))
     except (StoreError, SagaError, InFlight, LookupError) as fault:
         yield from book.close()
-        fault.add_note(f"resilient: saga {saga.name} ({run.id}) is not at its end: recovery will go on")
+        if not book.taken:  # Else it is another saga that has this id, and of this one there is nothing.
+            fault.add_note(f"resilient: saga {saga.name} ({run.id}) is not at its end: recovery will go on")
         return Outcome(None, fault if error is None or isinstance(error, Exception) else error)
     finally:
         book.stop()

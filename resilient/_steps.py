@@ -14,10 +14,10 @@ from msgspec import Raw
 
 from resilient._drive import Cut, adrive, drive
 from resilient._journal import name_of, result_form
-from resilient._parallel import Nested, announcing, had, in_tasks, in_threads, values
+from resilient._parallel import Nested, announcing, had, in_tasks, in_threads, unkept, values
 from resilient._run import MISSING, Run, guarded, one, title, unawaited
 from resilient._settle import apply_async, never
-from resilient._undo import Compensation, Undo, check, plain
+from resilient._undo import UNKNOWN, Compensation, Undo, check, plain
 from resilient.errors import StoreError
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ class SagaRun(Run):
         except BaseException as error:
             if book is not None:
                 self._failed = error
+                if undo.value is not UNKNOWN:
+                    unkept(error, undo.name)
             self._told(undo.name, error)
             raise
         finally:
@@ -316,6 +318,8 @@ class AsyncSagaRun(Run):
         except BaseException as error:
             if book is not None:
                 self._failed = error
+                if undo.value is not UNKNOWN:
+                    unkept(error, undo.name)
             self._told(undo.name, error)
             raise
         finally:

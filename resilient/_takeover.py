@@ -14,9 +14,10 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from resilient._ambient import nearest
+from resilient._book import in_flight
 from resilient._drive import Cut, Last, Outcome, Program, Wait
 from resilient._journal import read
-from resilient.errors import Incompatible, InFlight, SagaError, SagaStuck, StoreError
+from resilient.errors import Incompatible, SagaError, SagaStuck, StoreError
 from resilient.stores._ops import Abandon, Acquired, Begin, Busy, Claim, History, Release
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def enter(book: Book, rules: Rules) -> Program:
             if left <= 0:
                 other = yield from look(book.beat, book.lease)
                 if type(other) is Busy:
-                    return Outcome(None, InFlight(book.saga, book.id, other.lease_left))
+                    return Outcome(None, in_flight(book.saga, book.id, other.lease_left))
                 continue
             if not watching:
                 # The first wait only begins to watch, and so does the claim that asks to be woken.

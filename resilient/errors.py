@@ -149,16 +149,18 @@ class IdempotencyError(ResilientError):
 
 
 class InFlight(IdempotencyError):
-    """Another call with this key runs, and waiting for it was not wanted, or took too long.
+    """Another call with this key runs, or a saga with this id, and waiting was not wanted, or took too long.
 
     `retry_after` is what is left of its lease in seconds: by then it has ended, been renewed, or is in doubt.
     """
 
     reason = "another call with this key is running"
 
-    def __init__(self, policy: str, key: str, retry_after: float) -> None:
+    def __init__(self, policy: str, key: str, retry_after: float, reason: str | None = None) -> None:
         super().__init__(policy, key)
         self.retry_after = retry_after
+        if reason is not None:
+            self.reason = reason
 
 
 class InDoubt(IdempotencyError):
@@ -209,7 +211,8 @@ class SagaError(ResilientError):
         return str(self.args[-1])
 
     def __str__(self) -> str:
-        return f"saga {self.saga} ({self.id}): {self.args[0]}"
+        # (A barrier's key need not be that of a saga.)
+        return f"saga {self.saga} ({self.id}): {self.args[0]}" if self.saga and self.id else str(self.args[0])
 
 
 class Incompatible(SagaError):

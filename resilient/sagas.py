@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Raw
 
-from resilient._book import TTL, stored_key
+from resilient._book import TTL, in_flight, stored_key
 from resilient._drive import Outcome, Program, adrive, drive
 from resilient._journal import read, vouch_for, write
 from resilient._keeper import Beat
@@ -24,7 +24,7 @@ from resilient._recovery import HANDS, Job, Recoverer, Report, SagaRecord, aone,
 from resilient._saga_views import Story, describe, mermaid, timeline
 from resilient._settle import never
 from resilient._takeover import Again, asked, ended
-from resilient.errors import InFlight, SagaError
+from resilient.errors import SagaError
 from resilient.policy import SYSTEM
 from resilient.stores._open import shared
 from resilient.stores._ops import Acquired, Busy, Claim, Finish, History, Record, Release
@@ -257,7 +257,7 @@ def _abandoning(id: str, name: str, why: str) -> Program:
     beat = Beat(id, raw.key)
     reply = asked((yield Claim(raw.key, beat.owner, 30.0, "", raw.label, True)))
     if type(reply) is Busy:
-        raise InFlight(record.name, id, reply.lease_left)
+        raise in_flight(record.name, id, reply.lease_left)
     if type(reply) is not Acquired:
         raise SagaError("it has just ended", record.name, id)
     if reply.attempt == 1:

@@ -108,6 +108,12 @@ def test_an_action_after_its_compensation_is_refused(connect: Connect) -> None:
             barrier(connection, "order/o-1", 1, "action")
         assert (caught.value.saga, caught.value.id) == ("order", "o-1")
         connection.commit()
+    for key in ("mine", "mine/1"):  # No saga's step.
+        assert not barrier(connection, key=key, op="compensation")
+        with pytest.raises(SagaError) as caught:
+            barrier(connection, key=key, op="action")
+        assert str(caught.value) == f"action {key} comes after its compensation: it must not be done any more"
+    connection.commit()
 
 
 def test_an_action_that_is_repeated_after_it_was_undone_is_refused_too(connect: Connect) -> None:

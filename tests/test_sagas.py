@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import sys
 import types
@@ -163,7 +164,7 @@ def test_a_block_past_its_pivot_is_for_a_person(spy: Spy) -> None:
     assert [one.id for one in sagas.list_sagas(spy, state="stuck")] == ["o-1"]
     with pytest.raises(SagaError, match="past its pivot"):
         sagas.compensate(spy, "o-1")
-    with pytest.raises(SagaError, match="was a block"):
+    with pytest.raises(SagaError, match=r"was a block, .* past its pivot: abandon it"):
         sagas.resume(spy, "o-1")
     assert sagas.abandon(spy, "o-1", "sent by hand").state == "abandoned"
     assert log == []
@@ -868,20 +869,62 @@ def test_a_result_that_cannot_be_kept_is_an_error_before_the_step_runs(spy: Spy)
 # -- blocks on a store -----------------------------------------------------------------------------------------------
 
 
+class Odd:
+    """What JSON cannot write."""
+
+
+def unwritable(name: str) -> Any:
+    return Odd()
+
+
+async def aunwritable(name: str) -> Any:
+    return Odd()
+
+
+def test_a_result_that_cannot_be_kept_names_its_step(spy: Spy) -> None:
+    note = "resilient: step tests.test_sagas:{} ran, and its result is not kept"
+
+    def cause(aborted: pytest.ExceptionInfo[SagaAborted]) -> BaseException:
+        error = aborted.value.__cause__
+        assert error is not None
+        return error
+
+    with pytest.raises(SagaAborted) as one, Saga("block", store=spy) as saga:
+        saga.step(unwritable, "a", compensate=undo)
+    assert cause(one).__notes__ == [note.format("unwritable")]
+    with pytest.raises(SagaAborted) as one, Saga("block", store=spy) as saga:
+        saga.parallel(branch(unwritable, "b", compensate=undo), branch(step, "c", compensate=undo))
+    assert cause(one).__notes__ == [note.format("unwritable")]
+
+    async def main() -> None:
+        async with Saga("block", store=spy) as saga:
+            await saga.step(aunwritable, "d", compensate=undo)
+
+    with pytest.raises(SagaAborted) as one:
+        asyncio.run(main())
+    assert cause(one).__notes__ == [note.format("aunwritable")]
+
+
 def test_an_id_is_for_one_block(spy: Spy) -> None:
     with Saga("block", id="o-1", store=spy) as saga:
         saga.step(step, "a", compensate=undo)
     with pytest.raises(SagaError, match="ended already"), Saga("block", id="o-1", store=spy) as saga:
         saga.step(step, "b", compensate=undo)
     block(spy, "o-2")
-    with pytest.raises(SagaError, match="recover it"), Saga("block", id="o-2", store=spy) as saga:
+    what = "recover it; if it is stuck, resume, compensate or abandon it"
+    with pytest.raises(SagaError, match=what), Saga("block", id="o-2", store=spy) as saga:
         saga.step(step, "b", compensate=undo)
     with Saga("block", id="o-3", store=spy) as saga:
         saga.step(step, "c", compensate=undo)
         with pytest.raises(InFlight), Saga("block", id="o-3", store=spy) as other:
             other.step(step, "b", compensate=undo)
-    with pytest.raises(SagaError, match="ended already"), Saga("block", id="o-1", store=spy):
+        with pytest.raises(InFlight, match=r"block: a saga with this id is running \(key 'o-3'\)") as flying:
+            sagas.abandon(spy, "o-3", "no")
+        assert str(copy.copy(flying.value)) == str(flying.value)
+    with pytest.raises(SagaError, match="ended already") as empty, Saga("block", id="o-1", store=spy):
         pass
+    # There is nothing to recover.
+    assert not hasattr(empty.value, "__notes__")
     assert log == ["c"]
 
 
