@@ -49,7 +49,7 @@ def new_owner() -> str:
 
 
 class Beat(Struct, eq=False):
-    """One claim under heartbeat. `lost` once the store has said that it is somebody else's."""
+    """One claim under heartbeat, until it is `over`. `lost` once the store has said that it is somebody else's."""
 
     key: str
     stored: str
@@ -57,7 +57,7 @@ class Beat(Struct, eq=False):
     fence: int = 0
     attempt: int = 0
     lost: bool = False
-    _over: bool = False
+    over: bool = False
     _renewing: bool = False
     _waiter: Any = None
 
@@ -66,7 +66,7 @@ class Beat(Struct, eq=False):
         self._renewing = False
         if self._waiter is not None:
             self._waiter.notify()
-        return not (self._over or self.lost)
+        return not (self.over or self.lost)
 
     def settle(self) -> None:
         """Block until no heartbeat is under way."""
@@ -120,7 +120,7 @@ class ThreadKeeper:
 
     def end(self, beat: Beat) -> bool:
         """Renew it no longer. True if a heartbeat is just under way, which is to be waited for."""
-        beat._over = True
+        beat.over = True
         return self.pending.pop(beat, None) is None and beat._renewing
 
     def _start(self) -> None:
@@ -157,7 +157,8 @@ class ThreadKeeper:
 
     def _renew(self, beat: Beat) -> None:
         beat._renewing = True
-        if self.pending.pop(beat, None) is None:
+        # (Over and still there: its end was interrupted by a signal.)
+        if self.pending.pop(beat, None) is None or beat.over:
             beat._done()
             return
         try:
@@ -170,9 +171,9 @@ class ThreadKeeper:
         if beat.lost:
             self._lost(beat)
         # In this order: who ends after this looks at `pending` first.
-        if not beat._over and not beat.lost:
+        if not beat.over and not beat.lost:
             self.pending[beat] = _SYSTEM.now() + self._period
-            if beat._over:
+            if beat.over:
                 self.pending.pop(beat, None)
         beat._done()
 
@@ -197,7 +198,7 @@ class TaskKeeper:
 
     def end(self, beat: Beat) -> bool:
         """Renew it no longer. True if a heartbeat is just under way, which is to be waited for."""
-        beat._over = True
+        beat.over = True
         for queue in self._queues.values():
             if queue.pending.pop(beat, None) is not None:
                 queue.rest()
@@ -223,6 +224,8 @@ class TaskKeeper:
 
     def _strike(self, beat: Beat) -> None:
         """In the loop of the call: a heartbeat is due."""
+        if beat.over:
+            return  # Its end was interrupted by a signal.
         beat._renewing = True
         if in_trio():
             import trio

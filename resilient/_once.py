@@ -138,16 +138,14 @@ def once(
             yield reply
             return reply
     hold.fence, hold.attempt, hold.policy = reply.fence, reply.attempt, how.name
-    try:
-        keeper.begin(hold)
-    except Exception as fault:
-        return (yield from unbegun(how, keeper, env, hold, fault))
-    hold.outer = outer = current.get()
-    current.set(hold)
-    beating = False
+    beating = begun = False
     settled: Outcome | None = None
     outcome: Outcome
     try:
+        keeper.begin(hold)
+        hold.outer = current.get()
+        current.set(hold)
+        begun = True
         if reply.attempt > 1 and callable(how.in_doubt):
             settled = yield Ask(how.in_doubt)
         if settled is None or (settled.error is None and settled.value is RERUN):
@@ -155,11 +153,19 @@ def once(
             outcome = yield RUN
         else:
             outcome = settled
+    except BaseException as error:
+        if begun:
+            raise
+        outcome = Outcome(None, error)
     finally:
+        # By this alone there is no other heartbeat: a signal may interrupt whatever is called here.
+        hold.over = True
         beating = keeper.end(hold)
         # Closed by the garbage collector, it may end in another context: what is there is not its own.
         if current.get() is hold:
-            current.set(outer)
+            current.set(hold.outer)
+    if not begun:
+        return (yield from unbegun(how, env, hold, outcome, beating))
     return (yield from ended(how, form, remember, keeps, env, hold, outcome, beating, settled))
 
 
@@ -211,14 +217,15 @@ def ended(
     return outcome if cut is None else Outcome(None, cut)
 
 
-def unbegun(how: Tally, keeper: ThreadKeeper | TaskKeeper, env: Env, hold: Hold, fault: Exception) -> Program:
-    """The rest of a call whose heartbeat could not begin: no thread could be started, say. Its function has not run."""
-    keeper.end(hold)
-    yield from (_abandon if hold.attempt > 1 else _release)(how, env, hold, None)
-    try:
-        raise fault
-    finally:
-        del fault
+def unbegun(how: Tally, env: Env, hold: Hold, outcome: Outcome, beating: bool) -> Program:
+    """The rest of a call whose heartbeat could not begin: no thread could be started, say, or a signal came first.
+
+    Its function has not run.
+    """
+    late: Any = (yield Settle(hold)) if beating else None
+    error = outcome.error
+    cut = yield from (_abandon if hold.attempt > 1 else _release)(how, env, hold, error, late)
+    return outcome if cut is None or not isinstance(error, Exception) else Outcome(None, cut)
 
 
 def unkept(how: Tally, env: Env, hold: Hold, fault: Exception, late: Cut | None = None) -> Program:

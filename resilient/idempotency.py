@@ -294,26 +294,29 @@ class Fitted:
                 rest = once(how, form, remember, None, store, keeper, env, hold, print_, label, Cut(error))
             if rest is None:
                 hold.fence, hold.attempt, hold.policy = reply.fence, reply.attempt, how.name
-                try:
-                    keeper.begin(hold)
-                except Exception as fault:
-                    rest = unbegun(how, keeper, env, hold, fault)
-            if rest is None:
                 value: Any = None
                 failed: Outcome | None = None
-                hold.outer = outer = current.get()
-                current.set(hold)
+                begun = False
                 try:
+                    keeper.begin(hold)
+                    hold.outer = current.get()
+                    current.set(hold)
+                    begun = True
                     value = call(*args, **kwargs)
                 except GeneratorExit:
                     raise
                 except BaseException as error:
                     failed = Outcome(None, error)
                 finally:
+                    # By this alone there is no other heartbeat: a signal may interrupt whatever is called here.
+                    hold.over = True
                     beating = keeper.end(hold)
                     if current.get() is hold:
-                        current.set(outer)
-                if failed is None and not beating:
+                        current.set(hold.outer)
+                if not begun and failed is not None:
+                    rest = unbegun(how, env, hold, failed, beating)
+                    failed = None
+                elif failed is None and not beating:
                     if was_replayed.get():
                         was_replayed.set(False)
                     try:
@@ -375,26 +378,29 @@ class Fitted:
                 rest = once(how, form, remember, None, store, keeper, env, hold, print_, label, Cut(error))
             if rest is None:
                 hold.fence, hold.attempt, hold.policy = reply.fence, reply.attempt, how.name
-                try:
-                    keeper.begin(hold)
-                except Exception as fault:
-                    rest = unbegun(how, keeper, env, hold, fault)
-            if rest is None:
                 value: Any = None
                 failed: Outcome | None = None
-                hold.outer = outer = current.get()
-                current.set(hold)
+                begun = False
                 try:
+                    keeper.begin(hold)
+                    hold.outer = current.get()
+                    current.set(hold)
+                    begun = True
                     value = await call(*args, **kwargs)
                 except GeneratorExit:
                     raise
                 except BaseException as error:
                     failed = Outcome(None, error)
                 finally:
+                    # By this alone there is no other heartbeat: a signal may interrupt whatever is called here.
+                    hold.over = True
                     beating = keeper.end(hold)
                     if current.get() is hold:
-                        current.set(outer)
-                if failed is None and not beating:
+                        current.set(hold.outer)
+                if not begun and failed is not None:
+                    rest = unbegun(how, env, hold, failed, beating)
+                    failed = None
+                elif failed is None and not beating:
                     if was_replayed.get():
                         was_replayed.set(False)
                     try:

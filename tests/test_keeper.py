@@ -229,7 +229,7 @@ def test_who_ends_while_the_heartbeat_is_entered_anew_leaves_nothing_behind() ->
     class Pending(dict[Any, float]):
         def __setitem__(self, beat: Any, due: float) -> None:
             super().__setitem__(beat, due)
-            beat._over = True
+            beat.over = True
 
     store = TroubledStore()
     keeper = ThreadKeeper(store, 30.0, lambda beat: None)
@@ -263,7 +263,7 @@ def test_a_call_that_begins_while_the_thread_ends_is_served(other: bool) -> None
 
     keeper.pending = Pending()
     keeper._running = True
-    store.meet(Renew, lambda: setattr(beat, "_over", True))
+    store.meet(Renew, lambda: setattr(beat, "over", True))
     keeper._run()
     assert store.names == ([] if other else ["Renew"])
     assert keeper._running is other
@@ -278,7 +278,7 @@ def test_only_what_is_due_is_renewed() -> None:
 
     def ends() -> None:
         keeper.end(later)
-        due._over = True
+        due.over = True
 
     store.meet(Renew, ends)
     keeper._run()
