@@ -8,13 +8,15 @@ made, not when it is replayed. Data from a store is read as data: nothing in it 
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import os
 import sys
 import typing
 from collections.abc import Callable
 from inspect import unwrap
 from pathlib import Path
-from types import SimpleNamespace
+from types import GetSetDescriptorType, MemberDescriptorType, SimpleNamespace
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -24,7 +26,7 @@ from resilient._guard import faces
 from resilient.errors import StoreError
 from resilient.policy import whole
 
-__all__ = ["Codec", "Form", "Json", "fingerprint_encoder", "form_of", "real_module", "returns"]
+__all__ = ["Codec", "Form", "Json", "fingerprint_encoder", "form_of", "noted", "real_module", "returns"]
 
 VERSION = 1
 
@@ -66,7 +68,7 @@ class Json:
             if type(value) is plain:
                 return data
             again = decode(data)
-            if (not exact or again.__class__ is not value.__class__) and again != value:
+            if again != value and not (exact and _alike(again, value)):
                 raise TypeError(f"a {type(value).__qualname__} would come back as something else: annotate its type")
             return data
 
@@ -121,6 +123,44 @@ def _closed(annotation: Any) -> bool:
         return all([closed(getattr(part, "type", part)) for part in parts])  # noqa: C419 - each one is to be looked at
 
     return closed(info)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values say the same, as far as their classes can tell: those without equality are compared by fields.
+
+    What has neither is taken to be the same.
+    """
+    cls: Any = one.__class__
+    if one == other or (one != one and other != other):
+        return True
+    if cls is not other.__class__:
+        return False
+    if issubclass(cls, dict):
+        return len(one) == len(other) and all(key in other and _alike(one[key], other[key]) for key in one)
+    if issubclass(cls, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if issubclass(cls, (set, frozenset)):
+        return len(one) == len(other) and all(_by_identity(type(item)) for item in one ^ other)
+    if _is_model(cls):
+        # Private attributes are not what is kept.
+        return _alike(_shown(one), _shown(other))
+    names: Any = getattr(cls, "__struct_fields__", None)
+    if names is None:
+        fields: Any = getattr(cls, "__dataclass_fields__", {}).values() or getattr(cls, "__attrs_attrs__", ())
+        names = [field.name for field in fields if getattr(field, "compare", True)]
+    if names:
+        return all(_alike(getattr(one, name, None), getattr(other, name, None)) for name in names)
+    return _by_identity(cls)
+
+
+def _by_identity(cls: Any) -> bool:
+    return cls.__eq__ is object.__eq__
+
+
+def _shown(model: Any) -> Any:
+    fields: Any = getattr(model.__class__, "model_fields", None) or vars(model)
+    names = list(cast("dict[str, Any]", fields))
+    return [getattr(model, name, None) for name in names], getattr(model, "model_extra", None)
 
 
 def _is_model(cls: Any) -> bool:
@@ -185,6 +225,8 @@ class _Error(Struct, omit_defaults=True):
     message: str
     args: list[Any] | None = None
     state: dict[str, Any] = {}
+    # Its text is all that can be made again.
+    spoken: bool = False
 
 
 class _Envelope(Struct):
@@ -229,24 +271,24 @@ class Form:
             self.keep = lambda value: b'{"v":1,"raw":"%b"}' % base64.b64encode(codec.encode(value, annotation))
 
     def keep_error(self, error: Exception) -> bytes:
-        """`error`, of a class that is remembered, in an envelope. What JSON cannot write of it becomes text."""
+        """`error`, of a class that is remembered, in an envelope. What JSON cannot write of it becomes text.
+
+        It is revived once, to see whether it comes back: else its text is kept, which does.
+        """
         base = next(cls for cls in self._remember if isinstance(error, cls))
-        args: list[Any] | None = list(error.args)
         try:
-            if msgspec.json.decode(_write(args)) != args:
-                args = None
+            # (A lone surrogate, as of a file's name, cannot be written.)
+            text = str(error).encode(errors="backslashreplace").decode()
         except Exception:
+            text = type(error).__qualname__
+        args: list[Any] | None = list(error.args)
+        if not _comes_back(args):
             args = None
-        state: dict[str, Any] = {}
-        for name, value in vars(error).items():
-            try:
-                if not name.startswith("__") and msgspec.json.decode(_write(value)) == value:
-                    state[name] = value
-            except Exception:
-                continue
-        # (A lone surrogate, as of a file's name, cannot be written.)
-        text = str(error).encode(errors="backslashreplace").decode()
+        state = {name: value for name, value in _state(error).items() if _comes_back(value)}
         kept = _Error(_named(type(error)), _named(base), text, args, state)
+        again = self._revived(kept)
+        if type(again) is not type(error) or not _says(again, text) or (args is not None and again.args != error.args):
+            kept = _Error(kept.type, kept.base, text, spoken=True)
         return _write({"v": VERSION, "error": kept})
 
     def outcome(self, data: bytes) -> tuple[Any, Exception | None]:
@@ -277,12 +319,13 @@ class Form:
             raise StoreError(
                 f"the stored result is an error that is not remembered any more: {kept.type}: {kept.message}"
             )
+        if kept.spoken:
+            return _spoken(cls, kept)
         args = tuple(kept.args) if kept.args is not None else (kept.message,)
         try:
-            error = cls.__new__(cls, *args)
-        except TypeError:
-            error = cls.__new__(cls)
-        error.args = args
+            error = _made(cls, args)
+        except Exception:
+            return _spoken(cls, kept)
         for name, value in kept.state.items():
             try:
                 if not name.startswith("__"):
@@ -290,6 +333,77 @@ class Form:
             except (AttributeError, TypeError):
                 continue
         return error
+
+
+def _made(cls: type[Exception], args: tuple[Any, ...]) -> Exception:
+    """An error with these arguments; its `__init__` may want others, and is not called."""
+    try:
+        error = cls.__new__(cls, *args)
+    except TypeError:
+        error = cls.__new__(cls)
+    # (Not in its own way, which a frozen dataclass refuses.)
+    object.__setattr__(error, "args", args)
+    return error
+
+
+def _spoken(cls: type[Exception], kept: _Error) -> Exception:
+    """An error that says what `kept` said: of `cls`, or of the nearest class above that can be made out of a text."""
+    made = (_saying(one, kept.message) for one in cls.__mro__ if issubclass(one, Exception))
+    error = next(one for one in made if one is not None)
+    if not isinstance(error, cls):
+        noted(error, f"resilient: it was a {kept.type}, which cannot be made again")
+    return error
+
+
+def _saying(cls: Any, text: str) -> Exception | None:
+    try:
+        error = _made(cls, (text,))
+        return error if _says(error, text) else _made(_speaker(cls), (text,))
+    except Exception:
+        return None
+
+
+def _says(error: Exception, text: str) -> bool:
+    try:
+        return str(error) == text
+    except Exception:
+        return False
+
+
+@functools.lru_cache(maxsize=256)
+def _speaker(cls: Any) -> type[Exception]:
+    """`cls`, but that its text is what it was made of."""
+
+    def text(self: Exception) -> str:
+        return str(self.args[0])
+
+    return type(cls.__name__, (cls,), {"__str__": text, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def noted(error: BaseException, note: str) -> None:
+    """Add `note` to `error`, also where it is frozen; not at all where nothing can be added."""
+    with contextlib.suppress(Exception):
+        object.__setattr__(error, "__notes__", [*getattr(error, "__notes__", ()), note])
+
+
+def _comes_back(value: Any) -> bool:
+    try:
+        return bool(msgspec.json.decode(_write(value)) == value)
+    except Exception:
+        return False
+
+
+def _state(error: Exception) -> dict[str, Any]:
+    """What an error has beside its arguments: its attributes, and those of classes written in C or with slots."""
+    state = {name: value for name, value in vars(error).items() if not name.startswith("__")}
+    for cls in type(error).__mro__:
+        if cls is not BaseException and cls is not object:
+            for name, member in vars(cls).items():
+                if isinstance(member, (MemberDescriptorType, GetSetDescriptorType)) and not name.startswith("__"):
+                    value = getattr(error, name, None)
+                    if value is not None:
+                        state.setdefault(name, value)
+    return state
 
 
 def real_module(module: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from resilient._ambient import nearest
 from resilient._binding import digest
+from resilient._codec import noted
 from resilient._drive import RUN, Ask, Cut, Last, Outcome, Program, Settle, Sleep, Wait
 from resilient._guard import _Turned
 from resilient._keeper import Beat
@@ -348,7 +349,7 @@ def _replay(how: Tally, form: Form, env: Env, key: str, reply: Completed) -> Out
     how.replays += 1
     was_replayed.set(True)
     if error is not None:
-        error.add_note(f"resilient: replayed: attempt {reply.attempt} with the key {key!r} ended so")
+        noted(error, f"resilient: replayed: attempt {reply.attempt} with the key {key!r} ended so")
     if env.sinks:
         from resilient.events import Replayed
 

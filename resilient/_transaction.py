@@ -18,7 +18,7 @@ from contextlib import (
 from typing import TYPE_CHECKING, Any
 
 from resilient._binding import fingerprint_of, key_text
-from resilient._codec import Form
+from resilient._codec import Form, noted
 from resilient._once import Hold, current, was_replayed
 from resilient.errors import InDoubt, InFlight, KeyReused, StoreError
 from resilient.stores._ops import Acquired, Busy, Claim, Completed, Doubtful, Finish
@@ -200,7 +200,7 @@ class Transaction:
             hold.result, error = self._form.outcome(reply.result)
             if error is None:
                 return
-            error.add_note(f"resilient: replayed: attempt {reply.attempt} with the key {hold.key!r} ended so")
+            noted(error, f"resilient: replayed: attempt {reply.attempt} with the key {hold.key!r} ended so")
             try:
                 raise error
             finally:

@@ -23,7 +23,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from resilient import Idempotent, InDoubt, Json, StoreError
-from resilient._codec import Form, form_of, returns
+from resilient._codec import Form, form_of, noted, returns
 from resilient.stores import Claim, Finish, MemoryStore, Scan
 
 if TYPE_CHECKING:
@@ -534,15 +534,17 @@ def test_classes_with_their_own_ways_come_back_too() -> None:
     assert (type(os_error), os_error.args) == (FileNotFoundError, (2, "No such file"))
 
 
-def test_an_error_that_cannot_be_made_is_a_store_error() -> None:
+def test_an_error_that_cannot_be_made_is_its_text() -> None:
     class Picky(Exception):
         def __new__(cls, one: int, two: int) -> Picky:  # pyright: ignore[reportInconsistentConstructor]
             return super().__new__(cls)
 
     form = Form(Json(), Any, (Picky,))
     data = msgspec.json.encode({"v": 1, "error": {"type": "x", "base": named(Picky), "message": "m", "args": [1]}})
-    with pytest.raises(StoreError, match="does not fit what the function returns"):
-        form.outcome(data)
+    _, error = form.outcome(data)
+    assert type(error) is Exception
+    assert str(error) == "m"
+    assert error.__notes__ == ["resilient: it was a x, which cannot be made again"]
 
 
 def test_a_class_that_is_gone_comes_back_as_the_one_that_is_remembered() -> None:
@@ -715,3 +717,161 @@ def test_plain_data_comes_back_or_is_refused(value: Any) -> None:
     except Exception:
         return
     assert form.outcome(data) == (value, None)
+
+
+# -- what must not change on the way -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Spot:
+    x: Any = None
+
+
+@dataclasses.dataclass
+class Place(Spot):
+    y: int = 0
+
+
+@dataclasses.dataclass
+class Maybe:
+    share: float | None
+
+
+class Named(TypedDict):
+    name: str
+
+
+class Secret(pydantic.BaseModel):
+    word: pydantic.SecretStr
+
+
+@dataclasses.dataclass(eq=False)
+class Leaf:
+    x: int
+    inner: list[Leaf] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Around:
+    bare: Leaf
+    seen: int = dataclasses.field(default=0, compare=False)
+
+
+class BareStruct(msgspec.Struct, eq=False):
+    x: int
+
+
+class Mould(pydantic.BaseModel):
+    x: int
+    _seen: int = pydantic.PrivateAttr(default=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mark:
+    pass
+
+
+def kept_as(annotation: Any, value: Any) -> Any:
+    form = Form(Json(), annotation, ())
+    return form.outcome(form.keep(value))[0]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (list[Spot], [Place(1, 2)]),
+        (Maybe, Maybe(float("nan"))),
+        (list[float | None], [float("inf")]),
+        (Named, {"name": "a", "more": 1}),
+        (list[Named], [{"name": "a", "more": 1}]),
+        (Secret, Secret(word=pydantic.SecretStr("abc"))),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_result_that_would_come_back_as_another_is_refused(annotation: Any, value: Any) -> None:
+    with pytest.raises(TypeError, match="would come back as something else"):
+        kept_as(annotation, value)
+
+
+def test_what_has_no_equality_of_its_own_is_compared_by_its_fields() -> None:
+    again = kept_as(list[Around], [Around(Leaf(1, [Leaf(2)]), seen=5)])
+    assert (again[0].bare.x, again[0].bare.inner[0].x) == (1, 2)
+    assert kept_as(dict[str, BareStruct], {"a": BareStruct(1)})["a"].x == 1
+    assert kept_as(tuple[BareStruct, int], (BareStruct(1), 2))[1] == 2
+    assert len(kept_as(set[Mark], {Mark(), Mark()})) == 2
+    seen = Mould(x=1)
+    seen._seen = 5
+    assert kept_as(Mould, seen).x == 1
+    with pytest.raises(TypeError, match="would come back"):
+        kept_as(list[Leaf], [_LeafBelow(1)])
+    assert str(kept_as(Decimal, Decimal("NaN"))) == "NaN"
+
+
+class _LeafBelow(Leaf):
+    pass
+
+
+# -- errors that cannot be made again as they were ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    code: int
+
+
+class Coded(Exception):
+    __slots__ = ("code",)
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"code {self.code}"
+
+
+class Silent(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+class Both(Silent, Coded):
+    pass
+
+
+def revived(error: Exception, *remember: type[Exception]) -> Exception:
+    form = Form(Json(), Any, remember or (type(error),))
+    _, again = form.outcome(form.keep_error(error))
+    assert again is not None
+    return again
+
+
+def test_remembered_errors_come_back_as_they_were() -> None:
+    frozen = revived(Frozen(3))
+    assert isinstance(frozen, Frozen)
+    assert (frozen.code, frozen.args) == (3, Frozen(3).args)
+    noted(frozen, "one")
+    noted(frozen, "two")
+    assert frozen.__notes__ == ["one", "two"]
+    lost = revived(FileNotFoundError(2, "No such file", "a.txt"), OSError)
+    assert isinstance(lost, FileNotFoundError)
+    assert (lost.errno, lost.filename, str(lost)) == (2, "a.txt", "[Errno 2] No such file: 'a.txt'")
+    slotted = revived(Coded(4))
+    assert isinstance(slotted, Coded)
+    assert (slotted.code, str(slotted)) == (4, "code 4")
+
+
+def test_remembered_errors_that_cannot_be_made_again_keep_their_text() -> None:
+    text = "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    again = revived(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"))
+    assert isinstance(again, UnicodeDecodeError)
+    assert (str(again), type(again).__qualname__) == (text, "UnicodeDecodeError")
+    group = revived(ExceptionGroup("several", [ValueError(1)]), ExceptionGroup)
+    assert (type(group), str(group)) == (Exception, "several (1 sub-exception)")
+    assert group.__notes__ == ["resilient: it was a builtins:ExceptionGroup, which cannot be made again"]
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Mould(x="no")  # type: ignore[arg-type]
+    assert isinstance(revived(caught.value), ValueError)
+    assert str(revived(caught.value)) == str(caught.value)
+    assert "Silent" in str(revived(Silent("x")))
+    assert isinstance(revived(Silent("x")), Silent)
