@@ -240,19 +240,37 @@ class Book:
 
     def finish(self, state: str, ok: bytes | None, error: str | None) -> Generator[Any, Any, None]:
         """Write the end."""
+        if not self.begun:
+            # A saga without a step: its head and its end.
+            yield from self._write(Entry(at=self.env.clock.at()))
+        yield from self.close()
+        yield from self._insist(self._end(state, ok, error))
+        self._ended(state)
+
+    def done_at_once(self, number: int, ok: bytes | None) -> Any:
+        """The operation that ends a saga whose last step was `number`, like `at_once`; None if it needs a program."""
+        if not self.begun or self.lost or self.beat.lost or self.cut is not None or self.departed is not None:
+            return None
+        if number < max(self.steps) or self.stop():
+            return None
+        return self._end("done", ok, None)
+
+    def done(self, reply: Any) -> bool:
+        """Whether `reply`, to what `done_at_once` gave, says that it is done. If not, `finish` goes on from there."""
+        if reply is not True:
+            self.heard = reply
+            return False
+        self._ended("done")
+        return True
+
+    def _end(self, state: str, ok: bytes | None, error: str | None) -> Finish:
         last = {str(number): result for number, result in self.pending.items()}
         result: dict[str, Any] = {"v": 1, "saga": state, "at": self.env.clock.at(), "done": last}
         if ok is not None:
             result["ok"] = Raw(ok)
         if error is not None:
             result["error"] = error
-        if not self.begun:
-            # A saga without a step: its head and its end.
-            yield from self._write(Entry(at=self.env.clock.at()))
-        yield from self.close()
-        beat = self.beat
-        yield from self._insist(Finish(beat.stored, beat.owner, beat.fence, write(result), TTL))
-        self._ended(state)
+        return Finish(self.beat.stored, self.beat.owner, self.beat.fence, write(result), TTL)
 
     def leave(self) -> Generator[Any, Any, None]:
         """Give the lease back, and leave the saga as it is: anybody may go on."""

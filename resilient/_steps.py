@@ -164,6 +164,22 @@ class SagaRun(Run):
                 return
         drive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
 
+    def _done(self, book: Book, ok: bytes | None) -> bool:
+        """Write that the saga is done. False if that is not so simple: then `settle` goes on from there."""
+        op = book.done_at_once(self._number, ok)
+        if op is None:
+            return False
+        reply: Any
+        try:
+            reply = book.store.execute(op)
+        except StoreError as error:
+            reply = error
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException as error:
+            reply = Cut(error)
+        return book.done(reply)
+
     def parallel(self, *branches: Any) -> list[Any]:
         """Run several steps beside each other, each in a thread with a copy of the context; their values, in order.
 
@@ -354,6 +370,22 @@ class AsyncSagaRun(Run):
         from resilient._aio import within
 
         return await within(self._env.clock, self._until, self._cut, apply_async, run, args, kwargs)
+
+    async def _done(self, book: Book, ok: bytes | None) -> bool:
+        """Write that the saga is done. False if that is not so simple: then `settle` goes on from there."""
+        op = book.done_at_once(self._number, ok)
+        if op is None:
+            return False
+        reply: Any
+        try:
+            reply = await book.store.aexecute(op)
+        except StoreError as error:
+            reply = error
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException as error:
+            reply = Cut(error)
+        return book.done(reply)
 
     async def parallel(self, *branches: Any) -> list[Any]:
         """Run several steps beside each other, as tasks, each with a copy of the context; their values, in order.

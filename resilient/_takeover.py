@@ -81,15 +81,17 @@ def asked(reply: Any) -> Any:
     return reply
 
 
-def enter(book: Book, rules: Rules) -> Program:
+def enter(book: Book, rules: Rules, seen: Any = None) -> Program:
     """Take a saga over. The outcome: None if there is none, its end (`Ended`), or its `Head`, and `book` has the lease.
 
-    `InFlight` if somebody else has it, and goes on having it.
+    `InFlight` if somebody else has it, and goes on having it. `seen`: what a look at it has just shown.
     """
     beat, clock = book.beat, book.env.clock
     watching = False
     while True:
-        got = asked((yield History(beat.stored)))
+        got, seen = seen, None
+        if got is None:
+            got = asked((yield History(beat.stored)))
         if got is None:
             book.fresh()
             return Outcome(None, None)

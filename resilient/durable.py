@@ -25,6 +25,7 @@ from resilient._takeover import Again, Elsewhere, Ended, Rules, enter
 from resilient.errors import SagaAborted, SagaError, StoreError
 from resilient.policy import SYSTEM, Env, whole
 from resilient.saga import AsyncSagaRun, Saga, SagaRun
+from resilient.stores._ops import History
 
 if TYPE_CHECKING:
     from resilient.retry import Retry
@@ -242,7 +243,8 @@ class DurableBody:
             undoing = saga._undoer()
             book = self._prepared(run, body, thread_keeper(store, saga.lease, env))
             try:
-                end = drive(enter(book, rules), store, env, never, (), {}).result()
+                seen = store.execute(History(book.beat.stored))
+                end = seen and drive(enter(book, rules, seen), store, env, never, (), {}).result()
                 self._there(end, rules, id)
                 if isinstance(end, Ended):
                     return self._ended(end, id)
@@ -269,6 +271,8 @@ class DurableBody:
                     if error is not caught:
                         raise error from caught
                     raise
+                if run._done(book, ok):
+                    return value
                 outcome = drive(settle(saga, run, None, undoing, ok), store, env, never, (), {})
                 if again_after(book, rules):
                     continue
@@ -284,7 +288,8 @@ class DurableBody:
             undoing = saga._aundoer()
             book = self._prepared(run, body, task_keeper(store, saga.lease, env))
             try:
-                end = (await adrive(enter(book, rules), store, env, never, (), {})).result()
+                seen = await store.aexecute(History(book.beat.stored))
+                end = seen and (await adrive(enter(book, rules, seen), store, env, never, (), {})).result()
                 self._there(end, rules, id)
                 if isinstance(end, Ended):
                     return self._ended(end, id)
@@ -311,6 +316,8 @@ class DurableBody:
                     if error is not caught:
                         raise error from caught
                     raise
+                if await run._done(book, ok):
+                    return value
                 outcome = await adrive(settle(saga, run, None, undoing, ok), store, env, never, (), {})
                 if again_after(book, rules):
                     continue

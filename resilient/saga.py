@@ -141,6 +141,8 @@ class Saga:
             if self.env.sinks:
                 ended(self, run, "done")
             return
+        if error is None and run._book is not None and run._done(run._book, None):
+            return
         undoing = self._undoer()
         program = settle(self, run, error, undoing)
         outcome = drive(program, self.store or NOTHING, self.env, never, (), {})
@@ -170,6 +172,8 @@ class Saga:
         if error is None and run._book is None:
             if self.env.sinks:
                 ended(self, run, "done")
+            return
+        if error is None and run._book is not None and await run._done(run._book, None):
             return
         undoing = self._aundoer()
         if error is None:
