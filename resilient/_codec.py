@@ -158,8 +158,7 @@ def _by_identity(cls: Any) -> bool:
 
 
 def _shown(model: Any) -> Any:
-    fields: Any = getattr(model.__class__, "model_fields", None) or vars(model)
-    names = list(cast("dict[str, Any]", fields))
+    names = list(cast("dict[str, Any]", getattr(model.__class__, "model_fields", None) or vars(model)))
     return [getattr(model, name, None) for name in names], getattr(model, "model_extra", None)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "unbegun",
     "unfinished",
     "unkept",
+    "unlocked",
     "was_replayed",
 ]
 
@@ -62,6 +63,9 @@ class Hold(Beat, eq=False):
     open: set[object] | None = None
     # Whose call this is, where starts are noted.
     home: Any = None
+    # The store whose rows a transaction of the caller's holds: this one, or all of them.
+    locks: Any = None
+    locks_all: bool = False
 
     def derive(self, purpose: str) -> str:
         """A key for a call that this one makes: 32 hexadecimal digits, the same in every attempt, others for others."""
@@ -82,6 +86,17 @@ class Hold(Beat, eq=False):
 
 current: ContextVar[Hold | None] = ContextVar("resilient.claim", default=None)
 was_replayed: ContextVar[bool] = ContextVar("resilient.replayed", default=False)
+
+
+def unlocked(hold: Hold | None, store: Any, stored: str) -> None:
+    """`StoreError` if a transaction that is open around this, `hold`, keeps `store` from a claim of `stored`."""
+    while hold is not None:
+        if hold.locks is store and (hold.locks_all or hold.stored == stored):
+            raise StoreError(
+                f"the transaction of {hold.key!r} that is open here has {store!r} locked until it ends, and would be "
+                "waited for by what is inside of it: make this call before or after it, or give it another store (file)"
+            )
+        hold = hold.outer
 
 
 class Tally:
@@ -358,9 +373,21 @@ def _replay(how: Tally, form: Form, env: Env, key: str, reply: Completed) -> Out
 
 
 def _unprotected(how: Tally, env: Env, hold: Hold, error: StoreError) -> Generator[Any, Any, Outcome]:
-    """Run without a key, because the user said so for when the store fails."""
+    """Run without a key, because the user said so for when the store fails.
+
+    The function has a claim all the same, with fence 0, under which every resource that looks at fences refuses it.
+    What it derives is what it would be under a true claim: that is all the protection that is left.
+    """
     _bare(how, env, hold, error)
-    outcome: Outcome = yield RUN
+    hold.fence = hold.attempt = 0
+    hold.policy = how.name
+    hold.outer = current.get()
+    try:
+        current.set(hold)
+        outcome: Outcome = yield RUN
+    finally:
+        if current.get() is hold:
+            current.set(hold.outer)
     return outcome
 
 

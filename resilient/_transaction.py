@@ -101,6 +101,8 @@ class Transaction:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._exit()
         try:
+            if error is None:
+                self._still_open()
             if self._inner is not None:
                 self._inner.__exit__(kind, error, trace)
             op = self._ending(error)
@@ -139,6 +141,8 @@ class Transaction:
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._exit()
         try:
+            if error is None:
+                self._still_open()
             if self._inner is not None:
                 await self._inner.__aexit__(kind, error, trace)
             op = self._ending(error)
@@ -214,16 +218,17 @@ class Transaction:
         """Whether the work is a part of its own: so that it can be undone and an error kept all the same, and so that
         SQLite, which lets everybody commit everything, tells if the transaction was ended inside.
         """
-        how = _world(self._connection)
-        return not self._hold.replayed and (bool(self._policy.remember) or (how is not None and how[0] == "sqlite3"))
+        return not self._hold.replayed and (bool(self._policy.remember) or _of_sqlite(self._connection))
 
     def _enter(self) -> TransactionClaim:
         hold = self._hold
         hold.outer = current.get()
+        hold.locks, hold.locks_all = self._policy.store, _of_sqlite(self._connection)
         current.set(hold)
         return hold
 
     def _exit(self) -> None:
+        self._hold.locks = None  # (Tasks that began inside may go on.)
         if current.get() is self._hold:
             current.set(self._hold.outer)
 
@@ -243,7 +248,13 @@ class Transaction:
 
     def _finished(self, answer: object) -> None:
         if answer is not True:
-            raise StoreError(f"the claim of {self._hold.key!r} is gone: {_ENDED}")
+            raise StoreError(f"the claim of {self._hold.key!r} is gone: {_ENDED}", maybe_written=True)
+
+    def _still_open(self) -> None:
+        """`StoreError` if the block has ended its transaction: psycopg would begin another without a word."""
+        # (0: no transaction is open. SQLite tells by its savepoint.)
+        if not _of_sqlite(self._connection) and self._connection.info.transaction_status == 0:
+            raise StoreError(f"it cannot be committed: {_ENDED}", maybe_written=True)
 
 
 # -- transactions of the drivers -------------------------------------------------------------------------------------
@@ -260,6 +271,11 @@ def _world(connection: Any) -> tuple[str, bool] | None:
         if package == "psycopg" and cls.__name__ in ("Connection", "AsyncConnection"):
             return "psycopg", cls.__name__ == "AsyncConnection"
     return None
+
+
+def _of_sqlite(connection: Any) -> bool:
+    how = _world(connection)
+    return how is not None and how[0] == "sqlite3"
 
 
 def _block(connection: Any) -> AbstractContextManager[Any]:
@@ -289,7 +305,8 @@ def _sqlite(connection: Any) -> Generator[None, None, None]:
         except _errors() as error:
             if "constraint" in str(error):
                 raise  # One that is checked at the end: the user's own error.
-            raise StoreError(f"it cannot be committed: {_ENDED} ({error})") from error
+            gone = not connection.in_transaction or "no such savepoint" in str(error)
+            raise StoreError(f"it cannot be committed: {_ENDED} ({error})", maybe_written=gone) from error
     except BaseException:
         for statement in undo:
             with suppress(_errors()):  # It is over already.
@@ -311,7 +328,8 @@ async def _asqlite(connection: Any) -> AsyncGenerator[None, None]:
         except _errors() as error:
             if "constraint" in str(error):
                 raise  # One that is checked at the end: the user's own error.
-            raise StoreError(f"it cannot be committed: {_ENDED} ({error})") from error
+            gone = not connection.in_transaction or "no such savepoint" in str(error)
+            raise StoreError(f"it cannot be committed: {_ENDED} ({error})", maybe_written=gone) from error
     except BaseException:
         for statement in undo:
             with suppress(_errors()):  # It is over already.

@@ -21,7 +21,20 @@ from resilient._codec import Codec, Form, Json, form_of, real_module
 from resilient._drive import Cut, Outcome, adrive, drive
 from resilient._guard import faces, kind_of
 from resilient._keeper import TaskKeeper, ThreadKeeper, new_owner
-from resilient._once import RERUN, Hold, Tally, current, ended, lost, once, unbegun, unfinished, unkept, was_replayed
+from resilient._once import (
+    RERUN,
+    Hold,
+    Tally,
+    current,
+    ended,
+    lost,
+    once,
+    unbegun,
+    unfinished,
+    unkept,
+    unlocked,
+    was_replayed,
+)
 from resilient.errors import InDoubt, StoreError
 from resilient.policy import Policy, seconds, whole
 from resilient.stores._open import shared
@@ -278,6 +291,9 @@ class Fitted:
             if form is None:
                 form = _late(policy, self._target)
             hold = Hold(key, stored, new_owner())
+            outer = current.get()
+            if outer is not None:
+                unlocked(outer, store, stored)
             if marked:
                 hold.open, hold.home = set(), self
             rest: Program | None = None
@@ -299,7 +315,7 @@ class Fitted:
                 begun = False
                 try:
                     keeper.begin(hold)
-                    hold.outer = current.get()
+                    hold.outer = outer
                     current.set(hold)
                     begun = True
                     value = call(*args, **kwargs)
@@ -312,7 +328,7 @@ class Fitted:
                     hold.over = True
                     beating = keeper.end(hold)
                     if current.get() is hold:
-                        current.set(hold.outer)
+                        current.set(outer)
                 if not begun and failed is not None:
                     rest = unbegun(how, env, hold, failed, beating)
                     failed = None
@@ -362,6 +378,9 @@ class Fitted:
             if form is None:
                 form = _late(policy, self._target)
             hold = Hold(key, stored, new_owner())
+            outer = current.get()
+            if outer is not None:
+                unlocked(outer, store, stored)
             if marked:
                 hold.open, hold.home = set(), self
             rest: Program | None = None
@@ -383,7 +402,7 @@ class Fitted:
                 begun = False
                 try:
                     keeper.begin(hold)
-                    hold.outer = current.get()
+                    hold.outer = outer
                     current.set(hold)
                     begun = True
                     value = await call(*args, **kwargs)
@@ -396,7 +415,7 @@ class Fitted:
                     hold.over = True
                     beating = keeper.end(hold)
                     if current.get() is hold:
-                        current.set(hold.outer)
+                        current.set(outer)
                 if not begun and failed is not None:
                     rest = unbegun(how, env, hold, failed, beating)
                     failed = None

@@ -45,6 +45,7 @@ from resilient import (
     claim,
     deadline,
     fence,
+    idempotency,
     replayed,
 )
 from resilient._drive import RUN, Outcome, drive
@@ -1512,23 +1513,41 @@ def test_a_store_that_is_down_refuses_and_nothing_runs(way: str) -> None:
 
 @everywhere
 def test_a_store_that_is_down_is_run_past_only_if_asked_for(way: str) -> None:
+    derived: set[str] = set()
+
     def unclaimed() -> str:
-        with pytest.raises(LookupError):
-            claim()
+        assert (claim().key, claim().fence, claim().attempt) == ("k", 0, 0)
+        derived.add(claim().derive("bank"))
         return "done"
 
     store, ran, seen = TroubledStore(), Ran(unclaimed), Recorder()
-    policy = Idempotent(store, key="key", on_store_error="run")
+    policy = Idempotent(store, key="key", name="f", on_store_error="run")
     call = guard(way, Pipeline(policy, env=Env(sinks=[seen])), ran.fn)
     store.meet(Claim, "down", "down")
     assert call("k") == call("k") == "done"
     assert len(ran.calls) == 2
     assert (policy.unprotected, policy.replays) == (2, 0)
+    # What it asks others to do once, they do once all the same.
+    assert derived == {idempotency.Hold("", idempotency.Hasher("f")("", "k")[0]).derive("bank")}
     assert [(event.key, str(event.error)) for event in seen.of(Unprotected)] == [("k", "the store is down")] * 2
     ran.does = [Boom()]
     store.meet(Claim, "down")
     with pytest.raises(Boom):
         call("k")
+
+
+def test_an_unprotected_call_that_is_closed_in_another_context_leaves_the_claim_there_alone() -> None:
+    from resilient._once import _unprotected, current
+
+    env, hold = Env(sinks=[]), idempotency.Hold("k", "s")
+    how = idempotency.Tally()
+    how.name = "f"
+    program: Any = _unprotected(how, env, hold, StoreError("down"))
+    inside = contextvars.copy_context()
+    inside.run(next, program)
+    assert inside[current] is hold
+    program.close()
+    assert current.get() is None
 
 
 @everywhere

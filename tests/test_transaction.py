@@ -373,6 +373,7 @@ def test_a_transaction_that_is_ended_inside_the_block_is_an_error(bench: Bench, 
                     await bench.call(connection, verb)
             if isinstance(caught.value, StoreError):
                 assert "was the transaction ended inside the block?" in str(caught.value)
+                assert caught.value.maybe_written
             else:
                 assert "forbidden within a Transaction context" in str(caught.value)
         assert "done" not in bench.states
@@ -700,3 +701,40 @@ def test_the_keys_of_a_block_belong_to_the_name_of_its_policy(lite: Bench) -> No
 
         with pytest.raises(TypeError, match="nor just one function"):
             refunds.transaction(connection, "o-1")
+
+
+def test_a_statement_that_commits_inside_the_block_is_noticed(bench: Bench) -> None:
+    """psycopg forbids the method only, and begins another transaction without a word."""
+
+    async def main() -> None:
+        policy = Idempotent(bench.store, key="unused", name="effects")
+        async with bench.connection() as connection:
+            with pytest.raises(StoreError, match="was the transaction ended inside the block") as caught:
+                async with bench.block(policy, connection, "o-1"):
+                    await bench.do(connection, "charged")
+                    done = connection.execute("COMMIT")
+                    if hasattr(done, "__await__"):
+                        await done
+            assert caught.value.maybe_written
+
+    bench.run(main)
+
+
+def test_a_call_that_would_wait_for_the_transaction_around_it_is_refused_at_once(lite: Bench) -> None:
+    orders = Idempotent(lite.store, key="unused", name="effects")
+
+    @Idempotent(lite.store, key="order")
+    def charge(order: str) -> str:
+        return order
+
+    @Idempotent(MemoryStore(), key="order")
+    def elsewhere(order: str) -> str:
+        return order
+
+    with closing(sqlite3.connect(lite.target)) as connection:
+        with orders.transaction(connection, "o-1"):
+            assert elsewhere("o-1") == "o-1"
+            with pytest.raises(StoreError, match=r"the transaction of 'o-1' .* has SQLiteStore.* locked"):
+                charge("o-2")
+            later = contextvars.copy_context()
+        assert later.run(charge, "o-2") == charge("o-2") == "o-2"
