@@ -1537,10 +1537,10 @@ def test_a_store_that_is_down_is_run_past_only_if_asked_for(way: str) -> None:
 
 
 def test_an_unprotected_call_that_is_closed_in_another_context_leaves_the_claim_there_alone() -> None:
-    from resilient._once import _unprotected, current
+    from resilient._once import Tally, _unprotected, current
 
     env, hold = Env(sinks=[]), idempotency.Hold("k", "s")
-    how = idempotency.Tally()
+    how = Tally()
     how.name = "f"
     program: Any = _unprotected(how, env, hold, StoreError("down"))
     inside = contextvars.copy_context()
