@@ -106,7 +106,9 @@ def _sagas() -> Iterator[Budget]:
         for kind in KINDS:
             for backend in ("sqlite full", "sqlite normal", "postgres"):
                 says = f"saga ({kind}), {backend}, {words}"
-                yield Budget(says, "sagas", mode, backend, kind, "share", 70.0, "% of the raw rate", "at least")
+                # A durable saga looks whether there is one with its id, which the floor of bare commits does not.
+                least = 60.0 if (kind, backend) == ("durable", "sqlite normal") else 70.0
+                yield Budget(says, "sagas", mode, backend, kind, "share", least, "% of the raw rate", "at least")
             says, name = f"sagas ({kind}), 16 over one, SQLite full, {words}", f"{kind}, 16 over one"
             yield Budget(says, "sagas", mode, MANY, name, "times", 3.0, "times", "at least")
         for group in ON_DBOS:

@@ -1002,6 +1002,39 @@ def test_an_interrupt_at_the_end_is_raised_and_the_saga_is_done(spy: Spy) -> Non
     assert sagas.show(spy, "o-1").record.state == "done"
 
 
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("block", [False, True])
+def test_a_task_whose_end_is_hard_to_write_is_done_all_the_same(
+    spy: Spy, cut: bool, written: bool, block: bool
+) -> None:
+    async def main() -> None:
+        spy.fail("Finish", 1, written=written, error=asyncio.CancelledError() if cut else None)
+        if not block:
+            assert await made(spy, athree)("o", id="o-1") == "oABC"
+            return
+        async with Saga("order", id="o-1", store=spy) as saga:
+            await athree(saga, "o")
+
+    with pytest.raises(asyncio.CancelledError) if cut else contextlib.nullcontext():
+        asyncio.run(main())
+    assert sagas.show(spy, "o-1").record.state == "done"
+    assert log == ["a", "b", "c"]
+
+
+def test_a_task_of_a_group_that_fails_ends_a_saga_with_a_journal(spy: Spy) -> None:
+    hooks["b"] = boom
+
+    async def body(saga: Any, order: str) -> None:
+        with contextlib.suppress(ValueError):
+            await saga.parallel(branch(astep, "a", compensate=aundo), branch(astep, "b", compensate=aundo))
+        await saga.step(astep, "c", compensate=None)
+
+    with pytest.raises(SagaAborted):
+        asyncio.run(made(spy, body)("o", id="o-1"))
+    assert "c" not in log
+
+
 def test_one_interrupt_after_the_other_cannot_lose_the_journal(spy: Spy) -> None:
     hooks["b"] = boom
     place = made(spy)
