@@ -279,6 +279,7 @@ class DurableBody:
                 outcome.result()
                 return value
             finally:
+                book.beat.over = True
                 book.stop()
 
     async def _arun(self, store: Any, id: str, body: Raw, given: Given, rules: Rules) -> Any:
@@ -324,6 +325,7 @@ class DurableBody:
                 outcome.result()
                 return value
             finally:
+                book.beat.over = True
                 book.stop()
 
     def _there(self, end: Any, rules: Rules, id: str) -> None:

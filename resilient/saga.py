@@ -133,23 +133,28 @@ class Saga:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         run: SagaRun = self._leave()
-        given = error
-        run._over = True
-        if run._active:
-            error = run._rest(error)
-        if error is None and run._book is None:
-            if self.env.sinks:
-                ended(self, run, "done")
-            return
-        if error is None and run._book is not None and run._done(run._book, None):
-            return
-        undoing = self._undoer()
-        program = settle(self, run, error, undoing)
-        outcome = drive(program, self.store or NOTHING, self.env, never, (), {})
-        self._tell(undoing, outcome, error, run.id)
-        outcome.reraise(error)
-        if error is not None and error is not given:
-            raise error
+        try:
+            given = error
+            run._over = True
+            if run._active:
+                error = run._rest(error)
+            if error is None and run._book is None:
+                if self.env.sinks:
+                    ended(self, run, "done")
+                return
+            if error is None and run._book is not None and run._done(run._book, None):
+                return
+            undoing = self._undoer()
+            program = settle(self, run, error, undoing)
+            outcome = drive(program, self.store or NOTHING, self.env, never, (), {})
+            self._tell(undoing, outcome, error, run.id)
+            outcome.reraise(error)
+            if error is not None and error is not given:
+                raise error
+        finally:
+            if run._book is not None:
+                # Whatever came in between, nothing goes on saying that somebody has this saga in hand.
+                run._book.beat.over = True
 
     async def __aenter__(self) -> AsyncSagaRun:
         if self._run is not None:
@@ -162,28 +167,33 @@ class Saga:
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         run: AsyncSagaRun = self._leave()
-        if isinstance(error, GeneratorExit):
-            self._closed(run, error)
-            return
-        given = error
-        run._over = True
-        if run._active:
-            error = await run._arest(error)
-        if error is None and run._book is None:
-            if self.env.sinks:
-                ended(self, run, "done")
-            return
-        if error is None and run._book is not None and await run._done(run._book, None):
-            return
-        undoing = self._aundoer()
-        if error is None:
-            # A cancel meanwhile does not keep its end from being written, and is raised then.
-            outcome = await adrive(settle(self, run, None, undoing), self.store, self.env, never, (), {})
-            outcome.reraise(None)
-            return
-        await self._carried(settle(self, run, error, undoing), self.store or NOTHING, undoing, error, run.id)
-        if error is not given:
-            raise error
+        try:
+            if isinstance(error, GeneratorExit):
+                self._closed(run, error)
+                return
+            given = error
+            run._over = True
+            if run._active:
+                error = await run._arest(error)
+            if error is None and run._book is None:
+                if self.env.sinks:
+                    ended(self, run, "done")
+                return
+            if error is None and run._book is not None and await run._done(run._book, None):
+                return
+            undoing = self._aundoer()
+            if error is None:
+                # A cancel meanwhile does not keep its end from being written, and is raised then.
+                outcome = await adrive(settle(self, run, None, undoing), self.store, self.env, never, (), {})
+                outcome.reraise(None)
+                return
+            await self._carried(settle(self, run, error, undoing), self.store or NOTHING, undoing, error, run.id)
+            if error is not given:
+                raise error
+        finally:
+            if run._book is not None:
+                # Whatever came in between, nothing goes on saying that somebody has this saga in hand.
+                run._book.beat.over = True
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
