@@ -101,10 +101,17 @@ def test_an_error_of_an_unknown_class_comes_back_as_its_text() -> None:
     assert type(error_of(data)) is Exception
 
 
+def test_an_error_of_no_class_that_is_here_comes_back_as_its_text() -> None:
+    again = error_of(b'{"v":1,"error":{"type":"shop:Gone","base":"shop:Gone","message":"out of stock"}}')
+    assert type(again) is RuntimeError
+    assert str(again) == "shop:Gone: out of stock"
+
+
 def test_an_error_that_cannot_be_made_again_comes_back_as_its_text() -> None:
     again = error_of(kept_error(ExceptionGroup("both", [KeyError("x")])))
-    assert type(again) is RuntimeError
-    assert str(again) == "builtins:ExceptionGroup: both (1 sub-exception)"
+    assert type(again) is Exception
+    assert str(again) == "both (1 sub-exception)"
+    assert again.__notes__ == ["resilient: it was a builtins:ExceptionGroup, which cannot be made again"]
 
 
 def test_ends_come_back_as_they_went() -> None:

@@ -135,7 +135,7 @@ def error_of(data: bytes) -> Exception:
         error = None
     if error is not None:
         return error
-    # A class that cannot be made from what was kept of it, such as a group of errors.
+    # Neither its class nor the one above it is here.
     kept = msgspec.json.decode(data).get("error", {})
     return RuntimeError(f"{kept.get('type')}: {kept.get('message')}")
 
