@@ -103,7 +103,7 @@ class Idempotent(Policy):
     ('charged 500 for o-1', 'charged 500 for o-1')
     """
 
-    __slots__ = ("_fitted", "_given_name", "_how", "_store", "codec", "fingerprint", "key", "remember", "scope")
+    __slots__ = ("_fitted", "_given_name", "_how", "_named", "_store", "codec", "fingerprint", "key", "remember", "scope")
 
     role = "idempotent"
 
@@ -145,6 +145,7 @@ class Idempotent(Policy):
         self._given_name = name
         # The functions that it guards, as the store knows them.
         self._fitted: set[str] = set()
+        self._named: dict[str, tuple[str, CodeType | None]] = {}
         how.name = name or "idempotent"
         self._store = shared(store) if isinstance(store, str) else store
         if not any(callable(getattr(self._store, way, None)) for way in ("execute", "aexecute")):
@@ -260,7 +261,7 @@ class Fitted:
         self._policy, self._target = policy, target
         shown = policy.name or "idempotent"
         self._label = policy._given_name or identity(target)
-        _alone(policy.store, self._label, target)
+        _alone(policy, self._label, target)
         policy._fitted.add(self._label)
         self._marked = False
         if kind_of(target) in ("sync", "coro"):
@@ -503,16 +504,18 @@ def identity(target: Any) -> str:
 _known: WeakKeyDictionary[Any, dict[str, tuple[str, Any]]] = WeakKeyDictionary()
 
 
-def _alone(store: Any, label: str, target: Any) -> None:
-    """`TypeError` if another function has its records in `store` under that name: one would get the other's results.
+def _alone(policy: Idempotent, label: str, target: Any) -> None:
+    """`TypeError` if another function has its records in the store under that name: one would get the other's results.
 
-    The same function again is fine, and so is one that takes its place: after a reload, or at a prompt.
+    The same function again is fine, and so is one that takes its place: after a reload, or at a prompt. A name that
+    two policies were given is meant to be shared, by a function and its async twin, say; one policy has one function.
     """
+    store = policy.store
     code = getattr(faces(target)[0], "__code__", None) or getattr(faces(target)[1], "__code__", None)
     code = code if isinstance(code, CodeType) else None
     name = identity(target)
     try:
-        known = _known.setdefault(store, {})
+        known = _known.setdefault(store, {}) if policy._given_name is None else policy._named
     except TypeError:
         return  # A store that cannot be known again.
     before = known.setdefault(label, (name, code))

@@ -143,5 +143,5 @@ def test_a_store_that_cannot_be_known_again_is_taken_as_it_is() -> None:
         def __init__(self) -> None:
             self.execute = MemoryStore().execute
 
-    policy: Any = Idempotent(Slotted(), key="order", name="charge")
+    policy: Any = Idempotent(Slotted(), key="order")
     assert policy(lambda order: "one")("o-1") == policy(lambda order: "two")("o-1") == "one"
