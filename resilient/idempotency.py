@@ -103,7 +103,18 @@ class Idempotent(Policy):
     ('charged 500 for o-1', 'charged 500 for o-1')
     """
 
-    __slots__ = ("_fitted", "_given_name", "_how", "_named", "_store", "codec", "fingerprint", "key", "remember", "scope")
+    __slots__ = (
+        "_fitted",
+        "_given_name",
+        "_how",
+        "_named",
+        "_store",
+        "codec",
+        "fingerprint",
+        "key",
+        "remember",
+        "scope",
+    )
 
     role = "idempotent"
 
