@@ -85,7 +85,7 @@ def _durable() -> Iterator[Budget]:
             for crowded in (1, 16, 64):
                 name = f"first call, {crowded} in flight"
                 yield Budget(f"{backend}, {words}: {name}", "durable", mode, backend, name, "ratio", bound, "x raw")
-            name = "replay over a claim" if backend.startswith("sqlite") else "replay, 1 in flight"
+            name = "replay over a claim, 1 in flight" if backend.startswith("sqlite") else "replay, 1 in flight"
             yield Budget(f"{backend}, {words}: {name}", "durable", mode, backend, name, "ratio", 1.25, "x raw")
         says = f"idempotent, {words}: library's share of a first call"
         reference = ("library", RANDOM, 0.41)
