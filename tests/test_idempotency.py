@@ -1548,6 +1548,11 @@ def test_an_unprotected_call_that_is_closed_in_another_context_leaves_the_claim_
     assert inside[current] is hold
     program.close()
     assert current.get() is None
+    program = _unprotected(how, env, hold, StoreError("down"))
+    contextvars.copy_context().run(next, program)
+    with pytest.raises(StopIteration):
+        program.send(Outcome("done", None))
+    assert current.get() is None
 
 
 @everywhere

@@ -750,6 +750,15 @@ def test_a_server_that_forgot_its_scripts_is_told_them_where_many_keys_are_looke
     assert beside.exists(f"{world.store.prefix}else")
 
 
+def test_a_server_that_forgot_its_scripts_is_told_them_where_one_key_is_looked_at(
+    world: World, beside: redis.Redis
+) -> None:
+    claim = world.ask(Claim("k", "o", 30.0))
+    world.ask(Finish("k", "o", claim.fence, b"r", 60.0))
+    beside.script_flush()
+    assert [record.key for record in world.ask(Scan()).records] == ["k"]
+
+
 @pytest.mark.parametrize("task", [False, True])
 def test_a_refusal_ends_the_look_at_many_keys(redis_url: str, beside: redis.Redis, task: bool) -> None:
     store = RedisStore(redis_url, prefix=prefix())
