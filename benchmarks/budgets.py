@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.cases import OURS
+from benchmarks.durable import RANDOM
 from benchmarks.figures import Figures
-from benchmarks.sagas import IN_PROCESS, KINDS, MANY, ON_DBOS, ORPHANS, RANDOM, RECOVERIES, RECOVERY
+from benchmarks.sagas import IN_PROCESS, KINDS, MANY, ON_DBOS, ORPHANS, RECOVERIES, RECOVERY
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks import harness
 from benchmarks.cases import OURS
-from benchmarks.durable import acrowd, crowd, stage
+from benchmarks.durable import RANDOM, acrowd, crowd, stage
 from benchmarks.raw import Written
 
 if TYPE_CHECKING:
@@ -327,8 +327,6 @@ def _in_process(job: Job) -> list[Row]:
     reference = {**_row(job, RANDOM, {"us": us[RANDOM]}), "library": RANDOM, "reference": True}
     return [reference, _row(job, "three steps", {"us": us["saga"], "bare_us": us["bare"]})]
 
-
-RANDOM = "os.urandom(16).hex()"
 
 # -- beside the bare driver ------------------------------------------------------------------------------------------
 

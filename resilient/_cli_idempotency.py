@@ -128,7 +128,7 @@ def _with_store(url: str, chosen: argparse.Namespace) -> int:
             raise Refusal(f"{store!r} serves coroutines only", 2)
         path = tty.absent(url, store)
         if path:
-            raise Refusal(f"there is no file {path}: is it the store's path, seen from {os.getcwd()}?", 2)
+            raise tty.missing(path)
         try:
             code: int = chosen.does(store, chosen)
         except (ImportError, OSError, StoreError) as error:

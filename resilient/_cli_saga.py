@@ -152,7 +152,7 @@ def _with_store(url: str, chosen: argparse.Namespace) -> int:
             raise Refusal(f"{store!r} serves coroutines only", 2)
         path = tty.absent(url, store)
         if path and chosen.does not in (_recover, _worker):
-            raise Refusal(f"there is no file {path}: is it the store's path, seen from {os.getcwd()}?", 2)
+            raise tty.missing(path)
         if path:
             # These may begin before the application that they are for.
             text = f"resilient saga: there is no file {tty.safe(path, 1000)} yet: it is made"

@@ -22,6 +22,7 @@ __all__ = [
     "encodable",
     "hidden",
     "instant",
+    "missing",
     "reason",
     "safe",
     "say",
@@ -69,6 +70,11 @@ def absent(url: str, store: Any) -> str:
     if url.partition(":")[0].lower() != "sqlite" or os.path.exists(store.path):
         return ""
     return str(store.path)
+
+
+def missing(path: str) -> Refusal:
+    """The refusal of a command that needs the file at `path`."""
+    return Refusal(f"there is no file {path}: is it the store's path, seen from {os.getcwd()}?", 2)
 
 
 def hidden(url: str) -> str:

@@ -140,9 +140,7 @@ class SagaRun(Run):
             self._told(undo.name, error)
             raise
         finally:
-            self._active = 0
-            if self._resting is not None:
-                self._resting.notify()
+            self._idle()
         if undo.compensate is not None and register == "after":
             self._stack.append(undo)
         self._told(undo.name, None)
@@ -150,35 +148,25 @@ class SagaRun(Run):
 
     def _announce(self, book: Book, step: Step) -> None:
         op = book.at_once(step, self._forward)
-        if op is not None:
-            reply: Any
-            try:
-                reply = book.store.execute(op)
-            except StoreError as error:
-                reply = error
-            except (Exception, GeneratorExit):
-                raise
-            except BaseException as error:
-                reply = Cut(error)
-            if book.announced(step, reply):
-                return
+        if op is not None and book.announced(step, self._ask(book, op)):
+            return
         drive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
 
     def _done(self, book: Book, ok: bytes | None) -> bool:
         """Write that the saga is done. False if that is not so simple: then `settle` goes on from there."""
         op = book.done_at_once(self._number, ok)
-        if op is None:
-            return False
-        reply: Any
+        return op is not None and book.done(self._ask(book, op))
+
+    def _ask(self, book: Book, op: Any) -> Any:
+        """What the store says to `op`, or the error or interrupt by which it is not known: as a driver answers."""
         try:
-            reply = book.store.execute(op)
+            return book.store.execute(op)
         except StoreError as error:
-            reply = error
+            return error
         except (Exception, GeneratorExit):
             raise
         except BaseException as error:
-            reply = Cut(error)
-        return book.done(reply)
+            return Cut(error)
 
     def parallel(self, *branches: Any) -> list[Any]:
         """Run several steps beside each other, each in a thread with a copy of the context; their values, in order.
@@ -339,9 +327,7 @@ class AsyncSagaRun(Run):
             self._told(undo.name, error)
             raise
         finally:
-            self._active = 0
-            if self._resting is not None:
-                self._resting.notify()
+            self._idle()
         if undo.compensate is not None and register == "after":
             self._stack.append(undo)
         self._told(undo.name, None)
@@ -349,18 +335,8 @@ class AsyncSagaRun(Run):
 
     async def _announce(self, book: Book, step: Step) -> None:
         op = book.at_once(step, self._forward)
-        if op is not None:
-            reply: Any
-            try:
-                reply = await book.store.aexecute(op)
-            except StoreError as error:
-                reply = error
-            except (Exception, GeneratorExit):
-                raise
-            except BaseException as error:
-                reply = Cut(error)
-            if book.announced(step, reply):
-                return
+        if op is not None and book.announced(step, await self._ask(book, op)):
+            return
         await adrive(one(book.announce([step], self._forward)), book.store, book.env, never, (), {})
 
     async def _awaited(self, run: Any, args: Any, kwargs: Any) -> Any:
@@ -374,18 +350,18 @@ class AsyncSagaRun(Run):
     async def _done(self, book: Book, ok: bytes | None) -> bool:
         """Write that the saga is done. False if that is not so simple: then `settle` goes on from there."""
         op = book.done_at_once(self._number, ok)
-        if op is None:
-            return False
-        reply: Any
+        return op is not None and book.done(await self._ask(book, op))
+
+    async def _ask(self, book: Book, op: Any) -> Any:
+        """What the store says to `op`, or the error or interrupt by which it is not known: as a driver answers."""
         try:
-            reply = await book.store.aexecute(op)
+            return await book.store.aexecute(op)
         except StoreError as error:
-            reply = error
+            return error
         except (Exception, GeneratorExit):
             raise
         except BaseException as error:
-            reply = Cut(error)
-        return book.done(reply)
+            return Cut(error)
 
     async def parallel(self, *branches: Any) -> list[Any]:
         """Run several steps beside each other, as tasks, each with a copy of the context; their values, in order.

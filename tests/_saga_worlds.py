@@ -9,11 +9,12 @@ from typing import Any
 from resilient import StoreError, durable
 from resilient._book import stored_key
 from resilient._journal import Entry, read
+from resilient.clock import SystemClock
 from resilient.stores import MemoryStore
 from resilient.stores._ops import History, Renew
 from resilient.testing import FakeClock
 
-__all__ = ["Spy", "alone", "entries", "orphaned"]
+__all__ = ["Interrupting", "Spy", "alone", "entries", "once_waited_for", "orphaned"]
 
 
 class Spy:
@@ -74,3 +75,19 @@ def alone() -> Iterator[None]:
 def orphaned(spy: Spy) -> None:
     """All leases are over."""
     spy.clock.advance(1000.0)
+
+
+def once_waited_for(saga: Any, act: Any) -> None:
+    """Act when somebody waits for a step of this saga to end."""
+    while saga._resting is None:
+        SystemClock().sleep(0.0005)
+    act()
+
+
+class Interrupting(float):
+    """A time that nobody waits for in peace."""
+
+    def __gt__(self, other: float) -> bool:
+        raise KeyboardInterrupt
+
+    __lt__ = __gt__

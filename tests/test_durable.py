@@ -35,12 +35,11 @@ from resilient._drive import Outcome
 from resilient._journal import Head
 from resilient._keeper import Beat, ThreadKeeper
 from resilient._run import Run
-from resilient.clock import SystemClock
 from resilient.saga import AsyncSagaRun, SagaRun, branch
 from resilient.stores import MemoryStore
 from resilient.stores._ops import Append, Begin, Claim, Finish, Forget, Renew
 from tests._proofs import Dead
-from tests._saga_worlds import Spy, alone, entries, orphaned
+from tests._saga_worlds import Interrupting, Spy, alone, entries, once_waited_for, orphaned
 from tests.worlds import turn
 
 RETRIES = Retry(Exception, attempts=2, wait=0, name="compensation")
@@ -753,13 +752,6 @@ def test_cancelled_while_a_step_is_waited_for_it_stays_so(spy: Spy) -> None:
     assert log == ["begin b", "b", "undo a A"]
 
 
-def once_waited_for(saga: Any, act: Any) -> None:
-    """Act when somebody waits for a step of this saga to end."""
-    while saga._resting is None:
-        SystemClock().sleep(0.0005)
-    act()
-
-
 @pytest.mark.parametrize("at", ["announced", "running", "group"])
 def test_what_a_thread_still_does_at_the_end_of_a_body_is_waited_for(spy: Spy, at: str) -> None:
     begun, go = threading.Event(), threading.Event()
@@ -791,15 +783,6 @@ def test_what_a_thread_still_does_at_the_end_of_a_body_is_waited_for(spy: Spy, a
     assert "still ran" in str(caught.value.__cause__)
     ended = {"announced": ["undo b UNKNOWN"], "running": ["b", "undo b B"], "group": []}
     assert log == ["a", *ended[at], "undo a A"]
-
-
-class Interrupting(float):
-    """A time that nobody waits for in peace."""
-
-    def __gt__(self, other: float) -> bool:
-        raise KeyboardInterrupt
-
-    __lt__ = __gt__
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -33,13 +33,12 @@ from resilient import (
 )
 from resilient import _run as runs
 from resilient._run import guarded
-from resilient.clock import SystemClock
 from resilient.events import Compensated, Retrying, SagaEnded, StepDone
 from resilient.saga import SagaRun
 from resilient.testing import FakeClock, Recorder
+from tests._saga_worlds import Interrupting, once_waited_for
 
 Log = list[Any]
-CLOCK = SystemClock()
 
 
 class Failure(Exception):
@@ -312,19 +311,12 @@ def test_a_step_that_still_runs_at_the_end_is_waited_for_and_then_undone(
             begun.wait()
             with pytest.raises(RuntimeError, match="while another step of saga order runs"):
                 part.step(world.do, "b", compensate=world.undo)
-            threading.Thread(target=once_waited_for, args=(saga, go), daemon=True).start()
+            threading.Thread(target=once_waited_for, args=(saga, go.set), daemon=True).start()
             if fails:
                 raise Failure
     causes = [caught.value.__cause__, getattr(caught.value.__cause__, "__cause__", None)]
     assert any(isinstance(cause, Failure if fails else RuntimeError) for cause in causes)
     assert world.log == ["a", ("a", "value of a")]
-
-
-def once_waited_for(saga: SagaRun, go: threading.Event) -> None:
-    """Let the step end when somebody waits for that."""
-    while saga._resting is None:
-        CLOCK.sleep(0.0005)
-    go.set()
 
 
 def test_an_interrupt_while_a_step_is_waited_for_is_the_end_of_the_saga(world: World) -> None:
@@ -334,13 +326,6 @@ def test_an_interrupt_while_a_step_is_waited_for_is_the_end_of_the_saga(world: W
         run._active = 2  # as if another thread ran one
         run._saga.grace = Interrupting()
     assert world.log == ["a", ("a", "value of a")]
-
-
-class Interrupting(float):
-    def __gt__(self, other: float) -> bool:
-        raise KeyboardInterrupt
-
-    __lt__ = __gt__
 
 
 # -- one object, one block, one step at a time -----------------------------------------------------------------------
